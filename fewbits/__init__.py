@@ -1,0 +1,36 @@
+"""fewbits: neural networks on few bits. Allocate, quantize, train, pack, verify, run."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fewbits.plan import LayerPlan, Plan, TensorPlan
+
+if TYPE_CHECKING:
+    from fewbits.allocate import Budget, allocate, uniform_plan
+    from fewbits.deploy import export_onnx, load, pack, save, verify
+    from fewbits.layers import calibrate, dequantize, quantize
+    from fewbits.train import FitConfig, fit
+
+__version__ = "0.1.0"
+
+_LAZY = {  # imported on first use, so that ``import fewbits`` and ``fewbits --help`` stay quick
+    "Budget": "allocate", "allocate": "allocate", "uniform_plan": "allocate",
+    "export_onnx": "deploy", "load": "deploy", "pack": "deploy", "save": "deploy", "verify": "deploy",
+    "calibrate": "layers", "dequantize": "layers", "quantize": "layers",
+    "FitConfig": "train", "fit": "train",
+}  # fmt: skip
+
+__all__ = [
+    "Budget", "FitConfig", "LayerPlan", "Plan", "TensorPlan", "allocate", "calibrate", "dequantize", "export_onnx",
+    "fit", "load", "pack", "quantize", "save", "uniform_plan", "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fewbits' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fewbits.{_LAZY[name]}"), name)
+    globals()[name] = value  # also where a subpackage has the same name: fewbits.allocate is the function
+    return value
