@@ -1,0 +1,135 @@
+"""The quantizer: one tensor to few bits and back, with a gradient path.
+
+A quantizer has three verbs: ``calibrate``, ``forward`` and ``encode``; ``decode(encode(x)) == forward(x)`` holds
+exactly. A new one is a file with a subclass that is registered by name (docs/extending.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.errors import PlanError, QuantizationError, nearest
+from fewbits.plan import TensorPlan
+from fewbits.quantizers.codes import Codes
+from fewbits.quantizers.grouping import Grouping
+
+QUANTIZERS: dict[str, type[Quantizer]] = {}
+
+
+def register_quantizer(name: str) -> Callable[[type[Quantizer]], type[Quantizer]]:
+    """Class decorator: make a quantizer known by name to plans and packed files."""
+
+    def add(cls: type[Quantizer]) -> type[Quantizer]:
+        if QUANTIZERS.setdefault(name, cls) is not cls:
+            raise PlanError(f"a quantizer named {name!r} is registered already: {QUANTIZERS[name].__name__}")
+        return cls
+
+    return add
+
+
+class Quantizer(nn.Module):
+    """Base of all quantizers.
+
+    plan: bits, symmetry, granularity and options. grouping: the same granularity with its axes. groups: number of
+    rows G of the tensor, hence of scales. Lazily calibrated: the first tensor it sees in training sets its range.
+    """
+
+    is_quantizer: ClassVar[bool] = True  # trainers put our parameters in a group without weight decay
+    lr_scale: float = 1.0
+    dynamic: ClassVar[bool] = False  # True: statistics come from each tensor anew, so there is nothing to calibrate
+
+    def __init__(self, plan: TensorPlan, grouping: Grouping, groups: int) -> None:
+        super().__init__()
+        self.plan, self.grouping, self.groups = plan, grouping, groups
+        self.calibrated = 0  # batches seen
+
+    @property
+    def bits(self) -> int:
+        """Width of a code in bits."""
+        return self.plan.bits
+
+    def calibrate(self, x: Tensor) -> None:
+        """Take the range from x; a further call widens or averages it. Raises QuantizationError on NaN or Inf."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x fake-quantized, same shape and dtype, with a gradient path to x and to our parameters."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> Codes:
+        """Return the integer codes of x. Raises QuantizationError on NaN or Inf."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forget the range, so that the next tensor sets it."""
+        self.calibrated = 0
+
+    def require_finite(self, x: Tensor) -> None:
+        """Raise QuantizationError if x holds NaN or Inf."""
+        finite = torch.isfinite(x)
+        if not bool(finite.all()):
+            bad = int((~finite).sum())
+            raise QuantizationError(
+                f"{bad} of {x.numel()} values are NaN or Inf (shape {tuple(x.shape)}); "
+                "a code cannot stand for them: look for the layer or the sample where they first appear"
+            )
+
+    def require_range(self) -> None:
+        """Raise QuantizationError if no tensor has set the range yet."""
+        if not self.calibrated and not self.dynamic:
+            raise QuantizationError(
+                "this quantizer has no range yet: run fewbits.calibrate(model, batches), or train a step, first"
+            )
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Return what a checkpoint needs beside tensors."""
+        return {"calibrated": self.calibrated}
+
+    def set_extra_state(self, state: Mapping[str, int]) -> None:
+        """Undo ``get_extra_state``."""
+        self.calibrated = int(state["calibrated"])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A float checkpoint has no quantizer state: accept it, and take the range anew from what it brings."""
+        if not any(key.startswith(prefix) for key in state_dict):
+            self.reset()
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Show bits, symmetry and granularity in ``print(model)``."""
+        kind = "symmetric" if self.plan.symmetric else "affine"
+        block = f" {self.grouping.block}" if self.grouping.block else ""
+        return f"{self.bits} bit, {kind}, per {self.grouping.granularity}{block}"
+
+
+def make_quantizer(
+    plan: TensorPlan,
+    *,
+    shape: tuple[int, ...] | None = None,
+    channels: int = 1,
+    axis: int = 0,
+    contraction: int = 1,
+) -> Quantizer:
+    """Build the quantizer that a plan names.
+
+    shape: of the tensor where it is fixed (a weight); for activations give channels, the size of ``axis``.
+    Raises PlanError for an unknown name or option.
+    """
+    if plan.quantizer not in QUANTIZERS:
+        hint = nearest(plan.quantizer, QUANTIZERS)
+        raise PlanError(f"unknown quantizer {plan.quantizer!r}{hint}; known: {sorted(QUANTIZERS)}")
+    cls = QUANTIZERS[plan.quantizer]
+    if shape is None and plan.granularity == "block" and not cls.dynamic:
+        raise PlanError(f"quantizer {plan.quantizer!r} is static: blocks of an activation need a dynamic one")
+    grouping = Grouping(plan.granularity, axis, contraction, plan.block)
+    one = plan.granularity == "tensor"
+    groups = grouping.count(shape) if shape is not None else 1 if one else channels
+    try:
+        return cls(plan, grouping, groups, **plan.options)
+    except TypeError as error:
+        raise PlanError(f"quantizer {plan.quantizer!r} cannot take options {dict(plan.options)}: {error}") from error
