@@ -1,0 +1,67 @@
+"""Allocation: which layer gets how many bits. One method a file, registered by name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from fewbits.allocate import separable, uniform
+from fewbits.allocate.budget import Budget, plan_costs
+from fewbits.allocate.problem import METHODS, Problem, allocator, find_method
+from fewbits.allocate.sensitivity import fisher, weight_mse
+from fewbits.allocate.solver import Solution, solve
+from fewbits.allocate.style import Style
+from fewbits.allocate.uniform import uniform_plan
+from fewbits.cost import model_shape
+from fewbits.plan import Plan
+
+__all__ = [
+    "METHODS", "Budget", "Problem", "Solution", "Style", "allocate", "allocator", "fisher", "plan_costs", "separable",
+    "solve", "uniform", "uniform_plan", "weight_mse",
+]  # fmt: skip
+
+
+def allocate(
+    model: nn.Module,
+    budget: Budget,
+    *,
+    method: str = "solver",
+    example: Any = None,
+    menu: Iterable[int] = (2, 3, 4, 6, 8),
+    act_bits: int | None = None,
+    first_last: int | None = 8,
+    quantizer: str = "lsq",
+    act_quantizer: str | None = None,
+    granularity: str = "channel",
+    block: int | None = None,
+    range: str = "mse",
+    **options: Any,
+) -> Plan:
+    """Return a plan for ``model`` within ``budget``; ``plan.decided_from`` tells method, budget and predicted cost.
+
+    method: a name in ``METHODS``; options: its own arguments (solver: sensitivity, batches, loss, tolerance).
+    example: a batch (tensor, tuple or dict of arguments); a budget of bops needs it, and with it the size counts batch
+    norms as folded, as ``pack(model, example)`` folds them. menu: weight bits to choose from. The rest: as of
+    ``uniform_plan``.
+
+    Raises PlanError for an unknown method or option (with near names) or bits, BudgetError for a budget below what
+    is possible (saying the minimum), QuantizationError for a model without quantizable layers.
+    """
+    chosen = find_method(method, options)
+    style = Style(act_bits, first_last, quantizer, act_quantizer, granularity, block, range)
+    problem = Problem(model, model_shape(model, example), budget, tuple(menu), style)
+    return chosen(problem, **options)
+
+
+class _CallableModule(ModuleType):
+    """Importing this folder puts it where ``fewbits.allocate`` names its function: so the folder is callable too."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Plan:
+        return allocate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
