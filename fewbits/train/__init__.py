@@ -1,0 +1,17 @@
+"""Training: one short loop on Lightning Fabric, resumable to the bit. A plain user loop works just as well."""
+
+from __future__ import annotations
+
+from fewbits.train.checkpoint import Checkpoints
+from fewbits.train.config import FitConfig, TrainingError
+from fewbits.train.data import Batches, BatchSource, Examples, LoaderBatches
+from fewbits.train.ema import Ema
+from fewbits.train.hooks import Hook
+from fewbits.train.loop import FitResult, fit
+from fewbits.train.optim import make_optimizer, make_schedule, parameter_groups
+from fewbits.train.state import TrainState
+
+__all__ = [
+    "BatchSource", "Batches", "Checkpoints", "Ema", "Examples", "FitConfig", "FitResult", "Hook", "LoaderBatches",
+    "TrainState", "TrainingError", "fit", "make_optimizer", "make_schedule", "parameter_groups",
+]  # fmt: skip
