@@ -1,0 +1,156 @@
+"""Export a packed model to ONNX that stock engines run with the same answers.
+
+Rules, one a case (docs/deployment.md tells why):
+
+* a convolution, or a linear layer with a quantized input: INT8 weights, unsigned 8-bit Q/DQ on the activation,
+  whatever the trained width; exact, and what engines run fast ("INT8 box");
+* a linear layer with a float input: INT2, INT4 or INT8 weights, the narrowest that holds the codes;
+* mode "smallest": every weight at the narrowest type, activations fake-quantized in float operators.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewbits.deploy.onnx_graph import finish_graph
+from fewbits.deploy.onnx_nodes import EmitActivation, EmitWeight, emit_layer, refine_for_bias
+from fewbits.deploy.packed import PackedLayer, PackedWeight
+from fewbits.errors import ExportError
+from fewbits.layers import quantized_layers
+from fewbits.quantizers import Codes, Quantizer, Uniform
+
+OPSET = 21  # the first with blocked DequantizeLinear and INT4
+OPSET_INT2 = 25
+MODES = ("fastest", "smallest")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written: bytes of the file, its opset and mode, and the weight type of each layer."""
+
+    path: Path
+    file_bytes: int
+    opset: int
+    mode: str
+    weight_types: dict[str, str]
+
+
+def export_onnx(
+    packed: nn.Module, path: str | Path, example: Any, *, mode: str = "fastest", dynamic_batch: bool = True
+) -> ExportReport:
+    """Write a packed model as ONNX and return what was written.
+
+    example: a batch (tensor, or tuple of tensors), whose first axis stays free if dynamic_batch. Raises ExportError
+    for an unknown mode, a model that is not packed, or one that PyTorch cannot export.
+    """
+    if mode not in MODES:
+        raise ExportError(f"mode must be one of {MODES}, got {mode!r}")
+    if not any(isinstance(layer, PackedLayer) for layer in quantized_layers(packed).values()):
+        raise ExportError("export_onnx takes a packed model: call fewbits.pack(model, example) first")
+    args = example if isinstance(example, tuple) else (example,)
+    emitting = copy.deepcopy(packed).eval()
+    types = _emit(emitting, mode)
+    opset = OPSET_INT2 if any(kind.endswith("INT2") for kind in types.values()) else OPSET
+    proto = trace(emitting, args, opset, dynamic_batch)
+    finish_graph(proto, {f"{name}.packed.codes": kind for name, kind in types.items()}, short=mode == "smallest")
+    write(proto, path)
+    return ExportReport(Path(path), Path(path).stat().st_size, opset, mode, types)
+
+
+def export_float(model: nn.Module, path: str | Path, example: Any, *, dynamic_batch: bool = True) -> Path:
+    """Write a float model as ONNX, for comparison."""
+    args = example if isinstance(example, tuple) else (example,)
+    write(trace(copy.deepcopy(model).eval(), args, OPSET, dynamic_batch), path)
+    return Path(path)
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], opset: int, dynamic_batch: bool) -> Any:
+    """Run PyTorch's exporter; return the ONNX model proto."""
+    import logging
+
+    batch = torch.export.Dim("batch") if dynamic_batch else None
+    if dynamic_batch:  # a batch of one would be taken for a constant
+        args = tuple(torch.cat([a, a]) if isinstance(a, torch.Tensor) and a.shape[:1] == (1,) else a for a in args)
+    shapes = tuple({0: batch} if isinstance(a, torch.Tensor) and a.ndim else None for a in args) if batch else None
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model, args, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise ExportError(
+            f"PyTorch could not export this model to ONNX ({reason[0] if reason else type(error).__name__}); "
+            "does the float model export, and with dynamic_batch=False?"
+        ) from error
+    assert program is not None
+    return program.model_proto
+
+
+def write(proto: Any, path: str | Path) -> None:
+    """Write a proto, whole or not at all."""
+    partial = Path(f"{path}.partial")
+    try:
+        partial.write_bytes(proto.SerializeToString())
+        partial.replace(path)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"cannot write {str(path)!r}: {error}") from error
+
+
+def _emit(model: nn.Module, mode: str) -> dict[str, str]:
+    """Replace quantizers and packed weights by what they become in ONNX; return the weight type by layer."""
+    types: dict[str, str] = {}
+    emitted: dict[PackedWeight, EmitWeight] = {}
+    for name, layer in quantized_layers(model).items():
+        if not isinstance(layer, PackedLayer):
+            continue
+        weight = layer.packed
+        linear = layer.is_linear
+        boxed = layer.input_quantizer is not None or not linear
+        outputs = weight.shape[layer.channel_axis] if linear else 0
+        kind = weight_type(weight, boxed, mode, outputs)
+        if weight not in emitted:
+            emitted[weight] = EmitWeight(_codes(layer, kind), kind=kind, contraction_first=linear)
+            types[name] = emitted[weight].kind
+        del layer.packed
+        layer.packed = emitted[weight]  # type: ignore[assignment]
+        if linear:
+            emit_layer(layer)
+    for parent in list(model.modules()):
+        for child, module in list(parent.named_children()):
+            if isinstance(module, Quantizer):
+                setattr(parent, child, EmitActivation(module, integer=mode == "fastest"))
+    return types
+
+
+def _codes(layer: PackedLayer, kind: str) -> Codes:
+    """Return the codes to emit."""
+    codes, activation = layer.packed.get(), layer.input_quantizer
+    if kind == "INT8" and not layer.is_linear and layer.bias is not None and isinstance(activation, Uniform):
+        return refine_for_bias(codes, layer.bias.detach(), activation)
+    return codes
+
+
+def weight_type(weight: PackedWeight, boxed: bool, mode: str, outputs: int = 0) -> str:
+    """Return INT2, INT4 or INT8: the box for integer engines, or the narrowest type that holds the codes.
+
+    outputs: of a linear layer. ONNX Runtime (1.31) fuses INT2 weights into a kernel that answers wrongly unless
+    outputs divide by 4; those get INT4.
+    """
+    grid = weight.grid
+    if mode == "fastest" and boxed:
+        return "INT8"
+    shift = 0 if grid.lowest < 0 else 2 ** (grid.bits - 1)  # unsigned codes have unsigned types
+    for bits in (2, 4) if outputs % 4 == 0 else (4,):
+        if -(2 ** (bits - 1)) <= grid.lowest - shift and grid.highest - shift < 2 ** (bits - 1):
+            return f"INT{bits}"
+    return "INT8"

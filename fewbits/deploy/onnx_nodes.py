@@ -1,0 +1,186 @@
+"""What a packed model becomes in ONNX: modules that emit QuantizeLinear, DequantizeLinear and integer weights.
+
+The exporter puts these in the place of quantizers and packed weights on a copy of the model; everything else is
+exported as PyTorch does it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.deploy.packed import PackedLayer, packed_class
+from fewbits.errors import ExportError
+from fewbits.quantizers import Codes, Grouping, Quantizer, Uniform
+
+symbolic: Any = torch.onnx.ops.symbolic
+
+
+class EmitActivation(nn.Module):
+    """A static activation quantizer as QuantizeLinear (unsigned 8 bit), Clip for fewer bits, DequantizeLinear.
+
+    Codes are emitted as indices 0..2**bits - 1, since x86 runs unsigned activations fast. Where ``integer`` is
+    False, or the grid has no such form (16 bit, odd, per channel), the same arithmetic is emitted in float.
+    """
+
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, quantizer: Quantizer, integer: bool) -> None:
+        super().__init__()
+        if not isinstance(quantizer, Uniform):
+            raise ExportError(f"quantizer {quantizer.plan.quantizer!r} has no ONNX form for activations yet")
+        quantizer.require_range()
+        scale, zero = quantizer.affine()
+        self.grid, self.grouping = quantizer.grid, quantizer.grouping
+        self.integer = integer and quantizer.groups == 1 and self.grid.step == 1 and self.grid.bits <= 8
+        shape = () if quantizer.groups == 1 else (-1,)
+        zero = torch.zeros_like(scale) if zero is None else zero
+        self.register_buffer("scale", scale.detach().reshape(shape))
+        self.register_buffer("low", (self.grid.lowest - zero).detach().reshape(shape))
+        self.register_buffer("high", (self.grid.highest - zero).detach().reshape(shape))
+        self.register_buffer("point", (-self.low).clamp(0, 255).to(torch.uint8))
+        top = self.grid.highest - self.grid.lowest
+        self.register_buffer("top", torch.tensor(top if top < 256 else 0, dtype=torch.uint8))
+        self.register_buffer("bottom", torch.tensor(0, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x fake-quantized, same shape, in float32."""
+        if not self.integer:
+            return self._float(x)
+        q = symbolic("QuantizeLinear", [x, self.scale, self.point], dtype=torch.uint8, shape=x.shape)
+        if self.grid.bits < 8 or self.grid.highest - self.grid.lowest < 255:
+            q = symbolic("Clip", [q, self.bottom, self.top], dtype=torch.uint8, shape=x.shape)
+        y: Tensor = symbolic("DequantizeLinear", [q, self.scale, self.point], dtype=torch.float32, shape=x.shape)
+        return y
+
+    def _float(self, x: Tensor) -> Tensor:
+        scale, low, high = (self._spread(t, x) for t in (self.scale, self.low, self.high))
+        centered = x / scale
+        if self.grid.step == 2:  # odd codes only
+            centered = torch.round((centered - 1.0) * 0.5) * 2.0 + 1.0
+        else:
+            centered = torch.round(centered)
+        return torch.clamp(centered, low, high) * scale
+
+    def _spread(self, value: Tensor, x: Tensor) -> Tensor:
+        """Shape one value a channel so that it broadcasts over x."""
+        if value.ndim == 0:
+            return value
+        shape = [1] * x.ndim
+        shape[self.grouping.axis] = -1
+        return value.reshape(shape)
+
+
+class EmitWeight(nn.Module):
+    """Codes of a weight as an integer initializer and one DequantizeLinear.
+
+    kind: "INT8", "INT4" or "INT2", the type that ``narrow`` gives the initializer afterwards (it is emitted as int8).
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, codes: Codes, *, kind: str, contraction_first: bool) -> None:
+        super().__init__()
+        if codes.offset is not None:
+            raise ExportError("weights with a real-valued offset have no single ONNX DequantizeLinear")
+        values, scale, zero = codes.values, _scale_tensor(codes, codes.scale), codes.zero_point
+        point = None if zero is None else _scale_tensor(codes, zero)
+        if kind == "INT8" and zero is None and codes.grid.highest >= -codes.grid.lowest - (codes.bits < 8):
+            values, scale = _positive(codes, values, scale)
+        axis, block = codes.grouping.axis, codes.grouping.block
+        if block is not None:
+            axis = codes.grouping.contraction
+        if contraction_first and codes.grouping.contraction == 1:
+            values, axis = values.T, 1 - axis
+            scale = scale.T if scale.ndim == 2 else scale
+            point = point.T if point is not None and point.ndim == 2 else point
+        kind_of_codes = torch.int8 if codes.grid.lowest < 0 else torch.uint8
+        self.kind = kind if codes.grid.lowest < 0 else "U" + kind
+        self.attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
+        if block is not None:
+            self.attributes["block_size"] = block
+        self.register_buffer("codes", values.contiguous().to(kind_of_codes))
+        self.register_buffer("scale", scale.contiguous())
+        self.register_buffer("point", None if point is None else point.contiguous().to(kind_of_codes))
+
+    def decode(self) -> Tensor:
+        """Return the weight, [K, N] where contraction_first was asked for."""
+        inputs = [self.codes, self.scale] + ([] if self.point is None else [self.point])
+        shape = self.codes.shape
+        y: Tensor = symbolic("DequantizeLinear", inputs, self.attributes, dtype=torch.float32, shape=shape)
+        return y
+
+
+class EmitLayer(PackedLayer):
+    """A packed linear layer as MatMul on [K, N] weights, the form that engines turn into integer products."""
+
+    def run(self, x: Tensor, op: Any) -> Tensor:
+        """Return x W + b."""
+        x = x if self.input_quantizer is None else self.input_quantizer(x)
+        y = torch.matmul(x, self.packed.decode())
+        return self.finish(y if self.bias is None else y + self.bias)
+
+
+def emit_layer(layer: PackedLayer) -> None:
+    """Give a packed linear layer its ONNX form, in place."""
+    base = packed_class(layer.float_class)
+    layer.__class__ = type(f"Emit{base.__name__}", (EmitLayer, base), {"float_class": layer.float_class})
+
+
+def refine_for_bias(codes: Codes, bias: Tensor, activation: Uniform) -> Codes:
+    """Return the same weight in larger codes, so that engines round its bias finely.
+
+    Engines hold the bias of an integer convolution in int32 units of input scale x weight scale. With few bits these
+    units are coarse: half of one can move the next layer's code. Codes times k with scale / k are the same weight in
+    finer units; for each channel we take the k (codes stay within int8) that leaves the least rounding of the bias.
+    """
+    axis, channels = codes.grouping.axis, len(bias)
+    if codes.grouping.block is not None or codes.zero_point is not None or codes.values.shape[axis] != channels:
+        return codes
+    scale = codes.scale.expand(channels)
+    rows = codes.values.movedim(axis, 0).reshape(channels, -1)
+    # pairs of u8 x s8 products are summed in 16 bits on older x86: stay below 2**15
+    limit = min(127, 2**14 // (activation.grid.highest - activation.grid.lowest))
+    largest = (limit // rows.abs().amax(1).clamp(min=1)).clamp(min=1)
+    k = torch.arange(1, 128)[:, None]
+    unit = activation.affine()[0].double() * scale.double().abs().clamp(min=1e-30) / k
+    error = ((bias.double() / unit).round() * unit - bias.double()).abs().masked_fill(k > largest, torch.inf)
+    best = error.argmin(0) + 1
+    shape = [-1 if i == axis else 1 for i in range(codes.values.ndim)]
+    grouping = Grouping("channel", axis, codes.grouping.contraction)
+    return replace(codes, values=codes.values * best.reshape(shape).int(), scale=scale / best, grouping=grouping)
+
+
+def _scale_tensor(codes: Codes, per_row: Tensor) -> Tensor:
+    """Return one value a row as ONNX wants it: a scalar, a vector, or the weight's shape with blocks as one entry."""
+    grouping = codes.grouping
+    if grouping.granularity == "tensor":
+        return per_row.reshape(())
+    if grouping.block is None:
+        return per_row
+    lead = list(codes.values.shape)
+    length = lead.pop(grouping.contraction)
+    whole = length // grouping.block
+    count = per_row.numel() // -(-length // grouping.block)
+    parts = [per_row[: count * whole].reshape(*lead, whole), per_row[count * whole :].reshape(*lead, -1)]
+    return torch.cat([p for p in parts if p.numel()], dim=-1).movedim(-1, grouping.contraction)
+
+
+def _positive(codes: Codes, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the signs of negative scales (folded batch norms have some) into the codes."""
+    sign = torch.where(scale < 0, -1, 1).to(values.dtype)
+    if scale.ndim == 1:
+        shape = [1] * values.ndim
+        shape[codes.grouping.axis] = -1
+        return values * sign.reshape(shape), scale.abs()
+    if scale.ndim == 0:
+        return values * sign, scale.abs()
+    axis, block = codes.grouping.contraction, codes.grouping.block
+    spread = sign if block is None else sign.repeat_interleave(block, axis)
+    return values * spread.narrow(axis, 0, values.shape[axis]), scale.abs()

@@ -1,0 +1,116 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import fewbits as fb
+from fewbits import LayerPlan, Plan, TensorPlan
+from fewbits.deploy import export_float
+from fewbits.deploy.onnx_nodes import refine_for_bias
+from fewbits.deploy.verify import open_session
+from fewbits.errors import ExportError
+from fewbits.quantizers import Uniform, make_quantizer
+from tests.deploy.models import Residual, plan_for, quantized, randomize
+
+EIGHT = TensorPlan(8, "ste", symmetric=False)
+
+
+@pytest.fixture(scope="module")
+def packed() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 12, 12)
+    plan = plan_for(4, 4).override(("bn2", LayerPlan(output=EIGHT)))
+    return fb.pack(quantized(randomize(Residual()), plan, [x]), x), x
+
+
+@pytest.mark.parametrize("mode", ["fastest", "smallest"])
+def test_the_runtime_gives_the_same_answers(packed: tuple[nn.Module, torch.Tensor], mode: str, tmp_path: Path) -> None:
+    model, x = packed
+    report = fb.export_onnx(model, tmp_path / "m.onnx", x[:1], mode=mode)
+    assert report.file_bytes == (tmp_path / "m.onnx").stat().st_size
+    seen = fb.verify(tmp_path / "m.onnx", model, [x[:10], x[10:]], min_agreement=90)
+    assert seen.samples == 16
+    # in mode smallest the engine multiplies 4-bit linears with activations that it rounds to 8 bits
+    assert seen.median_abs_diff < (1e-4 if mode == "fastest" else 1e-2)
+    assert seen.latency_ms > 0
+    kinds = set(report.weight_types.values())
+    assert kinds == ({"INT8"} if mode == "fastest" else {"INT4"})
+
+
+def test_activations_are_unsigned_and_shared_by_their_consumers(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) + self.b(x)
+
+    x = torch.randn(4, 3, 8, 8)
+    plan = Plan((("*", LayerPlan(TensorPlan(4, granularity="channel"), TensorPlan(4, "ste"))),))
+    model = fb.calibrate(fb.quantize(Two(), plan, verbose=False), [x]).eval()
+    fb.export_onnx(fb.pack(model), tmp_path / "m.onnx", x)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    operators = [node.op_type for node in graph.node]
+    assert operators.count("QuantizeLinear") == 1
+    assert operators.count("Clip") == 1
+    types = {t.name: t.data_type for t in graph.initializer}
+    point = next(node.input[2] for node in graph.node if node.op_type == "QuantizeLinear")
+    assert types[point] == onnx.TensorProto.UINT8
+
+
+@pytest.mark.parametrize(("bits", "outputs", "kind"), [(1, 8, "INT2"), (2, 8, "INT2"), (2, 10, "INT4"), (3, 8, "INT4"),
+                                                       (4, 8, "INT4"), (5, 8, "INT8"), (8, 8, "INT8")])  # fmt: skip
+def test_weight_only_linears_take_the_narrowest_type_that_is_right(
+    bits: int, outputs: int, kind: str, tmp_path: Path
+) -> None:
+    model = fb.quantize(nn.Sequential(nn.Linear(64, outputs)), plan_for(bits, None), verbose=False).eval()
+    packed, x = fb.pack(model), torch.randn(8, 64)
+    report = fb.export_onnx(packed, tmp_path / "m.onnx", x)
+    assert set(report.weight_types.values()) == {kind}
+    got, want = open_session(tmp_path / "m.onnx")((x,)), packed(x).numpy()
+    assert np.abs(got - want).max() < 0.02 * np.abs(want).max()  # the engine rounds activations to 8 bits
+
+
+def test_larger_codes_are_the_same_weight_and_round_the_bias_finer() -> None:
+    weight, bias = torch.randn(6, 5, 3, 3), torch.randn(6)
+    quantizer = make_quantizer(TensorPlan(3, "ste", granularity="channel"), shape=(6, 5, 3, 3))
+    quantizer.calibrate(weight)
+    activation = make_quantizer(TensorPlan(4, "ste", symmetric=False))
+    activation.calibrate(torch.rand(1000))
+    assert isinstance(activation, Uniform)
+    codes = quantizer.encode(weight)
+    refined = refine_for_bias(codes, bias, activation)
+    torch.testing.assert_close(refined.decode(), codes.decode(), rtol=1e-6, atol=0)
+    assert refined.values.abs().max() <= 127
+
+    def error(scale: torch.Tensor) -> torch.Tensor:
+        unit = scale * activation.affine()[0]
+        return ((bias / unit).round() * unit - bias).abs().max()
+
+    assert error(refined.scale) < 0.1 * error(codes.scale)
+
+
+def test_what_cannot_be_exported_is_an_error(packed: tuple[nn.Module, torch.Tensor], tmp_path: Path) -> None:
+    model, x = packed
+    with pytest.raises(ExportError, match="mode must be one of"):
+        fb.export_onnx(model, tmp_path / "m.onnx", x, mode="tiny")
+    with pytest.raises(ExportError, match=r"call fewbits\.pack"):
+        fb.export_onnx(Residual(), tmp_path / "m.onnx", x)
+
+
+def test_a_file_that_gives_other_answers_fails_verification(
+    packed: tuple[nn.Module, torch.Tensor], tmp_path: Path
+) -> None:
+    model, x = packed
+    export_float(randomize(Residual()), tmp_path / "other.onnx", x)
+    with pytest.raises(ExportError, match=r"other\.onnx failed verification: .* of 16 samples"):
+        fb.verify(tmp_path / "other.onnx", model, [x])
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    with pytest.raises(ExportError, match=r"cannot load .*broken\.onnx"):
+        fb.verify(tmp_path / "broken.onnx", model, [x])
+    with pytest.raises(ExportError, match="at least one batch"):
+        fb.verify(tmp_path / "other.onnx", model, [])
