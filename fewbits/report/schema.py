@@ -1,0 +1,146 @@
+"""The shape of ``result.json``. Every part may be missing; what is there must have the right type."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Part(BaseModel):
+    """One object of the file. Keys that this version does not know are left alone."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
+
+
+class Measured(Part):
+    """What was measured on one form of the model: float, quantized, packed or in ONNX Runtime.
+
+    Sizes are in bytes, latencies in milliseconds, top-1, top-5 and the agreement in percent.
+    """
+
+    metrics: dict[str, Any] = {}
+    size_bytes: float | None = None
+    weight_bytes: float | None = None
+    file_bytes: float | None = None
+    avg_weight_bits: float | None = None
+    code_mismatches: int | None = None
+    max_abs_diff: float | None = None
+    mode: str | None = None
+    engine: str | None = None
+    top1_agreement: float | None = None
+    latency_ms: float | None = None
+    float_latency_ms: float | None = None
+
+    @field_validator("metrics")
+    @classmethod
+    def _square_confusion(cls, metrics: dict[str, Any]) -> dict[str, Any]:
+        rows = metrics.get("confusion")
+        if rows is None:
+            return metrics
+        if not isinstance(rows, list) or any(not isinstance(r, list) or len(r) != len(rows) for r in rows):
+            raise ValueError("'confusion' must be a square matrix: a list of rows, as many as columns")
+        if any(not isinstance(n, (int, float)) or not 0 <= n < math.inf for row in rows for n in row):
+            raise ValueError("'confusion' must hold counts: finite numbers that are not negative")
+        return metrics
+
+    @property
+    def bytes(self) -> float | None:
+        """Size of the file, or of the model in memory where no file was written."""
+        return self.size_bytes if self.file_bytes is None else self.file_bytes
+
+    @property
+    def confusion(self) -> list[list[float]]:
+        """Counts ``[true class][predicted class]``; empty where they were not measured."""
+        return self.metrics.get("confusion") or []
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """The metrics that are single numbers, in the order of the file."""
+        return {k: float(v) for k, v in self.metrics.items() if type(v) in (int, float)}
+
+
+class Layer(Part):
+    """One quantized layer. ``weight_error``: relative MSE of the weight; ``sqnr_db``: of the layer's output."""
+
+    name: str
+    kind: str = ""
+    weight_bits: float | None = None
+    input_bits: float | None = None
+    granularity: str | None = None
+    quantizer: str | None = None
+    parameters: float | None = None
+    macs: float | None = None
+    stored_bytes: float | None = Field(None, alias="bytes")
+    weight_error: float | None = None
+    sqnr_db: float | None = None
+
+
+class NotQuantized(Part):
+    """One layer that was left in float, and why."""
+
+    name: str
+    kind: str = ""
+    reason: str = ""
+
+
+class PlanPart(Part):
+    """The layers, and what the plan was decided from."""
+
+    layers: list[Layer] = []
+    not_quantized: list[NotQuantized] = []
+    decided_from: dict[str, Any] | None = None
+
+
+class Histogram(Part):
+    """Weights of one layer in bins, and the values that the quantizer can represent."""
+
+    edges: list[float]
+    counts: list[float]
+    grid: list[float] = []
+
+    @model_validator(mode="after")
+    def _bins(self) -> Histogram:
+        if len(self.counts) < 1 or len(self.edges) != len(self.counts) + 1:
+            raise ValueError(f"{len(self.counts)} counts need {len(self.counts) + 1} edges, got {len(self.edges)}")
+        if not all(abs(value) < 1e300 for value in (*self.edges, *self.counts, *self.grid)):
+            raise ValueError("edges, counts and grid must be finite")
+        if sorted(self.edges) != self.edges:
+            raise ValueError("edges must ascend")
+        return self
+
+
+class Result(Part):
+    """The whole file."""
+
+    fewbits: str | None = None
+    recipe: str | None = None
+    task: str | None = None
+    classes: list[str | int | float] | None = None
+    seconds: dict[str, float | None] | None = None
+    reference: Measured | None = Field(None, alias="float")
+    quantized: Measured | None = None
+    packed: Measured | None = None
+    onnx: Measured | None = None
+    size: dict[str, float | None] | None = None
+    plan: PlanPart | None = None
+    histograms: dict[str, Histogram] | None = None
+    budget: dict[str, Any] | None = None
+    environment: dict[str, Any] | None = None
+
+    @property
+    def forms(self) -> list[tuple[str, Measured]]:
+        """The measured forms of the model that are there, by the names a reader sees."""
+        named = {"float": self.reference, "quantized": self.quantized, "packed": self.packed}
+        return [(name, form) for name, form in {**named, "ONNX Runtime": self.onnx}.items() if form]
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The quantized layers in the order of the model."""
+        return self.plan.layers if self.plan else []
+
+    def class_name(self, index: int) -> str:
+        """Name of a class, or its number where it has no name."""
+        names = self.classes or []
+        return str(names[index]) if index < len(names) else str(index)
