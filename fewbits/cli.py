@@ -1,0 +1,329 @@
+"""The command line. Heavy imports happen inside the commands, so that ``fewbits --help`` answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewbits.errors import FewbitsError
+
+app = typer.Typer(
+    name="fewbits",
+    help="Neural networks on few bits: allocate, quantize, train, pack, verify, run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Mode(str, Enum):
+    """Export modes."""
+
+    fastest = "fastest"
+    smallest = "smallest"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON; all else goes to stderr.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder.  [default: runs/RECIPE]")]
+To = Annotated[Path | None, typer.Option("--to", help="File to write in place of that of the run.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the run that is in the folder.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: qat.epochs=3. May be repeated.")]
+SmokeRun = Annotated[bool, typer.Option("--smoke", help="A few steps on a few images, to see that all works.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
+Target = Annotated[Path, typer.Argument(help="Folder of a run, or a packed file in one.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime and PyTorch.")]
+Model = Annotated[str, typer.Argument(help="reference_cnn, resnet20, torchvision:NAME or timm:NAME.")]
+Input = Annotated[str | None, typer.Option("--input", help="Shape of an image: C,H,W.  [default: by model]")]
+Classes = Annotated[int | None, typer.Option(min=2, help="Number of classes.  [default: by model]")]
+ActBits = Annotated[int | None, typer.Option(help="Bits of activations.  [default: float]")]
+FirstLast = Annotated[int, typer.Option(help="Least bits of the first and the last layer.")]
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
+) -> None:
+    """Options of every command; ``main`` looks for --debug itself."""
+
+
+@app.command()
+def demo(out: Out = None, smoke: SmokeRun = False, as_json: Json = False) -> None:
+    """Run recipe 'digits': a 2-bit model in a minute.
+
+    It replaces what an earlier demo left in the folder.
+    """
+    from fewbits.recipes.folder import RunFolder
+
+    before = RunFolder(out or Path("runs/digits"))
+    again = before.holds_run and before.recipe().name == "digits"
+    _run("digits", out, None, smoke, force=again, as_json=as_json)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or the path of one.")],
+    out: Out = None,
+    changes: Set = None,
+    smoke: SmokeRun = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe end to end.
+
+    The steps: float model, plan, calibrate, train, pack, export, verify, report.
+    """
+    _run(recipe, out, changes, smoke, force, as_json)
+
+
+@app.command()
+def resume(folder: Run, as_json: Json = False) -> None:
+    """Go on with a run that was stopped.
+
+    It ends as if it had not been stopped.
+    """
+    with _answer(as_json) as answer, _resumable(folder):
+        from fewbits.recipes.folder import RunFolder
+        from fewbits.recipes.runner import finish
+
+        _show_run(answer, folder, finish(RunFolder.open(folder), _say))
+
+
+@app.command()
+def allocate(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="Plan to write.")] = Path("plan.json"),
+    size_mb: Annotated[float | None, typer.Option(help="Budget: millions of bytes of the packed tensors.")] = None,
+    average_bits: Annotated[float | None, typer.Option(help="Budget: mean bits of a weight.")] = None,
+    bops: Annotated[float | None, typer.Option(help="Budget: bit operations of one image.")] = None,
+    method: Annotated[str, typer.Option(help="Allocation method.")] = "solver",
+    menu: Annotated[str, typer.Option(help="Weight bits to choose from.")] = "2,3,4,6,8",
+    act_bits: ActBits = None,
+    first_last: FirstLast = 8,
+    weights: Annotated[str | None, typer.Option(help="File with float weights.")] = None,
+    input_shape: Input = None,
+    classes: Classes = None,
+    as_json: Json = False,
+) -> None:
+    """Write the plan that fits a budget."""
+    with _answer(as_json) as answer:
+        from fewbits.recipes.models import allocated, cost, named_model
+
+        built, example = named_model(model, classes, _numbers("--input", input_shape), weights)
+        limits = {"size_mb": size_mb, "average_bits": average_bits, "bops": bops}
+        bits = _numbers("--menu", menu)
+        plan = allocated(built, example, limits, method=method, menu=bits, act_bits=act_bits, first_last=first_last)
+        plan.save(out)
+        answer.update(cost(built, example, plan), plan=str(out), decided_from=dict(plan.decided_from))
+        answer.shown = lambda: _show_cost(answer.data, f"{model}: {out}")
+
+
+@app.command()
+def cost(
+    model: Model,
+    weight_bits: Annotated[int, typer.Option(help="Bits of weights.")] = 8,
+    act_bits: ActBits = None,
+    first_last: FirstLast = 8,
+    plan: Annotated[Path | None, typer.Option(help="A plan.json, in place of uniform bits.")] = None,
+    input_shape: Input = None,
+    classes: Classes = None,
+    as_json: Json = False,
+) -> None:
+    """Print bytes and bit operations of a plan."""
+    with _answer(as_json) as answer:
+        from fewbits.recipes.models import cost as cost_of
+        from fewbits.recipes.models import named_model, plan_for
+
+        built, example = named_model(model, classes, _numbers("--input", input_shape))
+        chosen = plan_for(built, plan, weight_bits, act_bits, first_last)
+        answer.update({"model": model, "input": list(example.shape[1:])}, **cost_of(built, example, chosen))
+        answer.shown = lambda: _show_cost(answer.data, model)
+
+
+@app.command()
+def pack(folder: Run, to: To = None, as_json: Json = False) -> None:
+    """Pack the trained model of a run again."""
+    with _answer(as_json) as answer:
+        from fewbits.recipes.revisit import repack
+
+        answer.update(repack(folder, to))
+
+
+@app.command()
+def export(
+    target: Target,
+    mode: Annotated[Mode | None, typer.Option(help="What the file is for.  [default: by recipe]")] = None,
+    to: To = None,
+    as_json: Json = False,
+) -> None:
+    """Export the packed model of a run to ONNX."""
+    with _answer(as_json) as answer:
+        from fewbits.recipes.revisit import reexport
+
+        answer.update(reexport(target, None if mode is None else mode.value, to))
+
+
+@app.command()
+def verify(
+    target: Target,
+    onnx: Annotated[Path | None, typer.Option(help="ONNX file.  [default: model.onnx of the run]")] = None,
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Hold the ONNX file against the packed model.
+
+    Both run on the test images; the time of the float model is taken in turn.
+    """
+    with _answer(as_json) as answer:
+        from fewbits.recipes.revisit import reverify
+
+        answer.update(reverify(target, onnx, threads))
+
+
+@app.command()
+def bench(
+    target: Annotated[Path, typer.Argument(help="Folder of a run, or an ONNX file.")],
+    batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 1,
+    threads: Threads = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed calls; the median is told.")] = 50,
+    as_json: Json = False,
+) -> None:
+    """Time the quantized model against float."""
+    with _answer(as_json) as answer:
+        from fewbits.recipes.revisit import bench as time_it
+
+        answer.update(time_it(target, batch, threads, rounds))
+
+
+@app.command()
+def report(folder: Run, as_json: Json = False) -> None:
+    """Write report.html of a run folder anew."""
+    with _answer(as_json) as answer:
+        from fewbits.report import write_report
+
+        answer.update({"file": str(write_report(folder))})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Errors of fewbits end it with one message and exit code 1, wrong usage with 2."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        app(given)
+    except FewbitsError as error:
+        if "--debug" in given:
+            raise
+        sys.exit(f"error: {error}")
+
+
+class _Answer:
+    """What a command answers: data for --json, and how a person is shown it."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, Any] = {}
+        self.shown = self._lines
+
+    def update(self, data: dict[str, Any], **more: Any) -> None:
+        self.data |= data | more
+
+    def _lines(self) -> None:
+        for name, value in self.data.items():
+            typer.echo(f"{name.replace('_', ' '):<18} {_text(value)}")
+
+
+@contextlib.contextmanager
+def _answer(as_json: bool) -> Iterator[_Answer]:
+    """Collect an answer and print it; with --json nothing else reaches stdout."""
+    answer = _Answer()
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield answer
+    if as_json:
+        typer.echo(json.dumps(answer.data, allow_nan=False, default=str))
+    else:
+        answer.shown()
+
+
+def _run(recipe: str, out: Path | None, changes: list[str] | None, smoke: bool, force: bool, as_json: bool) -> None:
+    with _answer(as_json) as answer:
+        from fewbits.recipes.read import find, read
+        from fewbits.recipes.runner import run as run_recipe
+
+        chosen = read(find(recipe), changes or ())
+        folder = out or Path("runs") / chosen.name
+        with _resumable(folder):
+            result = run_recipe(chosen.smoked() if smoke else chosen, folder, replace=force, say=_say)
+        _show_run(answer, folder, result)
+
+
+@contextlib.contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Tell who presses Ctrl-C how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; go on with: fewbits resume {folder}", err=True)
+        raise typer.Exit(130) from None
+
+
+def _show_run(answer: _Answer, folder: Path, result: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from fewbits.recipes.results import summary
+
+    def show() -> None:
+        Console().print(summary(result))
+        for note in (*result["notes"], *result["onnx"]["notes"]):
+            typer.echo(f"note: {note}")
+        typer.echo(f"{result['seconds']['total']:.0f} s; open {folder / 'report.html'}")
+
+    answer.update(result, folder=str(folder))
+    answer.shown = show
+
+
+def _show_cost(data: dict[str, Any], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", "type", title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("weights", "bits", "bytes", "MACs", "BOPs"):
+        table.add_column(column, justify="right")
+    for row in data["layers"]:
+        numbers = (f"{row[k]:,}" for k in ("weights", "bits", "bytes", "macs", "bops"))
+        table.add_row(row["name"], row["kind"], *numbers)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{data['weights']:,} weights, {data['average_weight_bits']:.2f} bits on average; {data['bytes']:,} bytes "
+        f"(float {data['float_bytes']:,}, {data['float_bytes'] / data['bytes']:.1f}x); {data['bops']:,} bit operations",
+        highlight=False,
+    )
+
+
+def _say(text: str) -> None:
+    typer.echo(text, file=sys.stdout)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    """Read ``3,224,224`` or ``3x224x224``."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.replace("x", ",").split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option} takes whole numbers with commas, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The images and the float model of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.errors import DataError
+from fewbits.recipes.schema import Data, Recipe
+from fewbits.tasks.data import ImageExamples, LabelledImages, shared_data_dir
+from fewbits.tasks.models import build_model
+from fewbits.tasks.sources import load
+
+SHAPES = {"digits": (1, 8, 8), "fashion_mnist": (1, 28, 28)}  # of stand-ins; all others have three channels
+STAND_IN_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Images:
+    """train: what is trained on. validation: held out of it, None if nothing is. test: for final numbers only.
+    notes: what a reader of the results must know of them."""
+
+    train: LabelledImages
+    validation: LabelledImages | None
+    test: LabelledImages
+    notes: tuple[str, ...] = ()
+
+    def sample(self, count: int) -> Tensor:
+        """Return the first ``count`` training images, not augmented: [count, C, H, W]."""
+        return self.train.gather(range(min(count, len(self.train))))[0]
+
+
+def load_images(recipe: Recipe) -> Images:
+    """Load what the recipe names. Raises DataError, saying where to put the data, where it is not there."""
+    data, notes = recipe.data, []
+    try:
+        path = None if data.path == "auto" else Path(data.path).expanduser()
+        train, test = (load(data.source, path, split, **data.options) for split in ("train", "test"))
+    except DataError as error:
+        if not data.stand_in or data.path != "auto":
+            raise DataError(f"{error}. {_cure(data)}") from error
+        train, test = _stand_ins(data)
+        notes.append(f"random images in place of {data.source!r} ({error}): accuracies mean nothing")
+    if data.train_examples is not None:
+        train = train.subset(min(data.train_examples, len(train)), recipe.seed)
+    if data.test_examples is not None:
+        test = test.subset(min(data.test_examples, len(test)), recipe.seed)
+    validation = None
+    if data.validation:
+        validation, train = train.split(data.validation, recipe.seed)
+    return Images(train, validation, test, tuple(notes))
+
+
+def build(recipe: Recipe, images: Images) -> tuple[nn.Module, tuple[str, ...]]:
+    """Build the float model, seeded, with its weights; return it and what a reader must know of it.
+
+    Raises RecipeError for an unknown model, CheckpointError for weights that do not fit, DataError where the
+    weights are not there.
+    """
+    torch.manual_seed(recipe.seed)
+    options: dict[str, Any] = dict(recipe.model.options)
+    classes, channels = len(images.test.classes), images.test.shape[0]
+    notes: list[str] = []
+    if recipe.model.weights is not None:
+        path = find_weights(recipe.model.weights)
+        if path is not None:
+            options |= {"pretrained_path": path, "pretrained_skip": recipe.model.skip}
+        elif not recipe.data.stand_in:
+            raise DataError(
+                f"the float weights {recipe.model.weights!r} are not there, neither as a path nor in ../shared/data; "
+                "give their file with --set model.weights=FILE, or train from nothing with --set model.weights=null"
+            )
+        else:
+            notes.append(f"random weights in place of {recipe.model.weights!r}, which is not there")
+    return build_model(recipe.model.name, classes, channels, **options), tuple(notes)
+
+
+def find_weights(name: str) -> Path | None:
+    """Return the file of float weights: as it stands, or in the shared data folder; None if it is in neither."""
+    shared = shared_data_dir()
+    places = [Path(name).expanduser(), *([shared / name] if shared else [])]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _cure(data: Data) -> str:
+    if data.path != "auto":
+        return "Correct it with --set data.path=FOLDER"
+    return (
+        f"Put {data.source!r} (its official files, or train*.zip and test*.zip of class folders) into a folder and "
+        "name it with --set data.path=FOLDER; --smoke runs without data"
+    )
+
+
+def _stand_ins(data: Data) -> tuple[ImageExamples, ImageExamples]:
+    """Return random images that a class colours, so that there is something to learn."""
+    side = int(data.options.get("size", 224)) if data.source == "imagefolder" else 32
+    shape = SHAPES.get(data.source, (3, side, side))
+    made = []
+    for seed, count in ((0, data.train_examples or 160), (1, data.test_examples or 80)):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(count) % STAND_IN_CLASSES
+        noise = torch.randint(0, 100, (count, *shape), generator=generator)
+        images = (noise + 15 * labels[:, None, None, None]).to(torch.uint8)
+        classes = tuple(f"class {k}" for k in range(STAND_IN_CLASSES))
+        mean, std = (0.5,) * shape[0], (0.25,) * shape[0]
+        made.append(ImageExamples(images=images, labels=labels, classes=classes, mean=mean, std=std))
+    return made[0], made[1]

@@ -1,0 +1,80 @@
+"""Verbs on a model by name, without data: what a plan costs, and which plan fits a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.allocate import Budget, allocate, uniform_plan
+from fewbits.cost import bops, layer_bops, model_shape, size
+from fewbits.errors import RecipeError
+from fewbits.plan import Plan
+from fewbits.recipes.images import find_weights
+from fewbits.tasks.models import build_model
+
+LIBRARY_INPUT, LIBRARY_CLASSES = (3, 224, 224), 1000
+INPUTS = {"reference_cnn": (1, 8, 8)}  # of our own models; the others read CIFAR's images
+OWN_INPUT, OWN_CLASSES = (3, 32, 32), 10
+
+
+def named_model(
+    name: str, classes: int | None = None, input_shape: Sequence[int] | None = None, weights: str | None = None
+) -> tuple[nn.Module, Tensor]:
+    """Build a model by name; return it and an example of one image [1, C, H, W].
+
+    Raises RecipeError for an unknown name or a weights file that is not there.
+    """
+    library = ":" in name
+    shape = tuple(input_shape or (LIBRARY_INPUT if library else INPUTS.get(name, OWN_INPUT)))
+    torch.manual_seed(0)
+    path = None if weights is None else find_weights(weights)
+    if weights is not None and path is None:
+        raise RecipeError(f"the weights file {weights!r} does not exist; correct --weights")
+    count = classes or (LIBRARY_CLASSES if library else OWN_CLASSES)
+    model = build_model(name, count, shape[0], pretrained_path=path)
+    return model.eval(), torch.zeros(1, *shape)
+
+
+def cost(model: nn.Module, example: Tensor, plan: Plan) -> dict[str, Any]:
+    """Return what a plan costs: layers, weights, bytes, bit operations of one image."""
+    shape = model_shape(model, example)
+    weighed, decided = size(plan, shape), plan.resolve(shape.names, shape.outputs)
+    layers = [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "weights": 0 if layer.shared else layer.numel,
+            "bits": row.bits,
+            "bytes": row.codes + row.scales,
+            "macs": layer.macs + layer.operand_macs,
+            "bops": layer_bops(layer, decided.get(layer.name)),
+        }
+        for layer, row in zip(shape.layers, weighed.layers)
+    ]
+    return {
+        "layers": layers,
+        "weights": shape.numel,
+        "bytes": weighed.total,
+        "float_bytes": 4 * shape.numel + shape.float_bytes,
+        "average_weight_bits": weighed.average_weight_bits,
+        "macs": sum(layer.macs + layer.operand_macs for layer in shape.layers),
+        "bops": bops(plan, shape),
+    }
+
+
+def plan_for(
+    model: nn.Module, plan_file: Path | None, weight_bits: int, act_bits: int | None, first_last: int | None
+) -> Plan:
+    """Return the plan in a file, or a uniform one."""
+    if plan_file is not None:
+        return Plan.load(plan_file)
+    return uniform_plan(model, weight_bits, act_bits, first_last=first_last)
+
+
+def allocated(model: nn.Module, example: Tensor, limits: dict[str, Any], **how: Any) -> Plan:
+    """Return the plan for a budget. Raises BudgetError for one below what is possible, saying the least."""
+    return allocate(model, Budget(**limits), example=example, **how)

@@ -1,0 +1,277 @@
+"""What a recipe may say: one YAML file that takes a model from float to a verified few-bit file.
+
+The descriptions below are the reference: ``docs/recipes.md`` is written from them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fewbits.plan import LayerPlan, layer_plan
+
+Count = Annotated[int, Field(ge=1)]
+Some = Annotated[int, Field(ge=8)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """One mapping of the file. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Data(Section):
+    """The images, and which of them are used."""
+
+    source: str
+    """Name of the data source: digits, cifar10, cifar10_lossless, fashion_mnist, imagefolder."""
+    path: str = "auto"
+    """Folder of the data; auto: embedded in a package, or in `../shared/data` beside the checkout."""
+    options: dict[str, Any] = {}
+    """Fields of the data set, e.g. `crop_padding`, `flip`, or `size` of an image folder."""
+    validation: Fraction = 0.1
+    """Fraction of the training images that is held out and watched during training; test images are for the end."""
+    train_examples: Some | None = None
+    """Use only so many training images, class by class."""
+    test_examples: Some | None = None
+    """Use only so many test images, class by class."""
+    stand_in: bool = False
+    """Make random images of the same shape where the data is not there."""
+
+
+class Model(Section):
+    """The float model."""
+
+    name: str
+    """reference_cnn, resnet20 .. resnet110 (CIFAR), torchvision:NAME or timm:NAME."""
+    options: dict[str, Any] = {}
+    """Further keyword arguments of the model."""
+    weights: str | None = None
+    """File with float weights, also looked for in `../shared/data`; null: random initial weights."""
+    skip: list[str] = []
+    """Patterns of tensors in that file to leave out, e.g. a head."""
+
+
+class Training(Section):
+    """One training, of the float model or of the quantized one. Give `epochs` or `max_steps`."""
+
+    epochs: int | None = None
+    """Passes over the training images."""
+    max_steps: int | None = None
+    """Updates of the weights, in place of `epochs`."""
+    batch_size: Count = 64
+    """Images a batch."""
+    lr: float = 0.01
+    """Learning rate at its highest."""
+    weight_decay: float = 1e-4
+    """Weight decay; quantizer parameters have none."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd (momentum 0.9) or adamw."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine (to 0) or constant."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    accumulate: int = 1
+    """Batches an update."""
+    clip: float | None = None
+    """Largest L2 norm of the gradient."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, which is then the result."""
+    label_smoothing: Fraction = 0.0
+    """Share of the label that is spread over all classes."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """32-true or bf16-mixed."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto, cpu, cuda or mps."""
+    log_every: int = 10
+    """Steps from one line of metrics.jsonl to the next."""
+    checkpoint_every: int = 200
+    """Steps from one checkpoint to the next."""
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Training:
+        from fewbits.errors import FewbitsError
+
+        try:
+            self.fit_config(seed=0)
+        except FewbitsError as error:  # pydantic then tells where in the file
+            raise ValueError(str(error)) from error
+        return self
+
+    def fit_config(self, seed: int, progress: bool = True) -> Any:
+        """Return the ``fewbits.FitConfig`` of this section."""
+        from fewbits.train import FitConfig
+
+        fields = self.model_dump(exclude={"batch_size", "label_smoothing"})
+        return FitConfig(**fields, seed=seed, progress=progress)
+
+
+class PlanRules(Section):
+    """Which layer is quantized how."""
+
+    method: str = "uniform"
+    """uniform (`weight_bits` everywhere, or with a budget the most that fit it), solver (best bits a layer within the
+    budget), another allocation method, file (a plan.json), or explicit (only `rules`)."""
+    file: str | None = None
+    """The plan, for method file, as 'fewbits allocate' writes it."""
+    weight_bits: int | None = None
+    """Bits of a weight; for uniform without a budget."""
+    menu: list[int] = [2, 3, 4, 6, 8]
+    """Weight bits that a method with a budget chooses from."""
+    act_bits: int | None = None
+    """Bits of what feeds a layer; null: activations stay in float."""
+    first_last: int | None = 8
+    """Least bits of the first and the last layer; null: as the rest."""
+    quantizer: str = "lsq"
+    """Registered quantizer of weights, e.g. lsq, ste."""
+    act_quantizer: str | None = None
+    """Quantizer of activations; null: as of weights."""
+    granularity: Literal["tensor", "channel", "block"] = "channel"
+    """What shares a weight scale: tensor, channel or block."""
+    block: int | None = None
+    """Elements of a block, for granularity block."""
+    range: Literal["minmax", "percentile", "mse"] = "mse"
+    """How the first range is found: minmax, percentile or mse."""
+    options: dict[str, Any] = {}
+    """The method's own options, e.g. `sensitivity: fisher`."""
+    output_bits: int = 8
+    """Bits of the results named in `outputs`."""
+    outputs: list[str] = []
+    """Patterns of layers and norms whose result is quantized too: ends of residual branches."""
+    rules: list[tuple[str, dict[str, Any] | None]] = []
+    """Pairs [pattern, layer plan or null for float], which win over the method's choice."""
+
+    @model_validator(mode="after")
+    def _readable(self) -> PlanRules:
+        from fewbits.errors import PlanError
+
+        try:
+            self.explicit_rules()
+        except (PlanError, TypeError) as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def explicit_rules(self) -> list[tuple[str, LayerPlan | None]]:
+        """Return ``rules`` as a plan holds them. Raises PlanError for one that is no layer plan."""
+        return [(pattern, None if layer is None else layer_plan(layer)) for pattern, layer in self.rules]
+
+
+class Limits(Section):
+    """What the packed model may cost. Give one; uniform takes several."""
+
+    size_mb: Positive | None = None
+    """Millions of bytes of the packed tensors."""
+    size_bytes: Count | None = None
+    """The same limit in bytes."""
+    average_bits: Positive | None = None
+    """Mean bits of a weight."""
+    bops: Positive | None = None
+    """Bit operations of one image."""
+
+
+class Export(Section):
+    """The ONNX file."""
+
+    mode: Literal["fastest", "smallest"] = "fastest"
+    """fastest (what integer engines run quickly) or smallest (narrowest weight types)."""
+    time_float: bool = True
+    """Export the float model too, and time it beside the quantized one."""
+    threads: Count = 1
+    """Threads of ONNX Runtime when it is timed."""
+    min_agreement: Percent = 99.0
+    """Percent of test images on which ONNX Runtime must give the packed answer."""
+
+
+class Evaluate(Section):
+    """Measuring and calibrating."""
+
+    batch_size: Count = 256
+    """Images a batch."""
+    calibration_examples: Count = 256
+    """Training images that set the ranges of activations."""
+
+
+class Smoke(Section):
+    """What `--smoke` cuts the run down to, so that it ends in seconds anywhere. Its accuracy means nothing."""
+
+    train_examples: Some = 160
+    """Training images."""
+    test_examples: Some = 80
+    """Test images."""
+    steps: Count = 4
+    """Steps of each training."""
+    time_float: bool = False
+    """As of `export`; exporting takes most of a smoke run."""
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    name: str = ""
+    """What the report calls the run; empty: the name of the file."""
+    task: Literal["classification"] = "classification"
+    """What the model does."""
+    seed: NotNegative = 0
+    """Seed of everything random."""
+    data: Data
+    """The images."""
+    model: Model
+    """The float model."""
+    float_training: Training | None = None
+    """Training before quantization; null: none."""
+    plan: PlanRules
+    """Which layer is quantized how."""
+    budget: Limits | None = None
+    """What the packed model may cost; null: no limit."""
+    qat: Training | None = None
+    """Quantization-aware training; null: calibration only."""
+    export: Export = Export()
+    """The ONNX file."""
+    evaluate: Evaluate = Evaluate()
+    """Measuring and calibrating."""
+    smoke: Smoke = Smoke()
+    """What `--smoke` cuts the run down to."""
+
+    @model_validator(mode="after")
+    def _plannable(self) -> Recipe:
+        plan, limits = self.plan, self.budget is not None and self.budget.model_dump(exclude_none=True)
+        if self.budget is not None and not limits:
+            raise ValueError(f"a budget needs one of {sorted(Limits.model_fields)}, or leave it out")
+        if plan.method == "uniform" and (plan.weight_bits is None) == (not limits):
+            raise ValueError("plan.method uniform needs either plan.weight_bits or a budget, not both")
+        given = plan.method in ("explicit", "file")
+        if given and limits:
+            raise ValueError(f"plan.method {plan.method} takes no budget")
+        if plan.method != "uniform" and not given and not limits:
+            raise ValueError(f"plan.method {plan.method} needs a budget")
+        if plan.method != "uniform" and plan.weight_bits is not None:
+            raise ValueError(f"plan.weight_bits is for method uniform; {plan.method} chooses from plan.menu")
+        if plan.method == "explicit" and not plan.rules:
+            raise ValueError("plan.method explicit needs plan.rules")
+        if (plan.method == "file") == (plan.file is None):
+            raise ValueError("plan.file is for plan.method file: give both or neither")
+        return self
+
+    def smoked(self) -> Recipe:
+        """Return the recipe cut down to seconds; it may then use images that are not real."""
+        smoke = self.smoke
+        few = {"train_examples": smoke.train_examples, "test_examples": smoke.test_examples, "stand_in": True}
+        # an untrained model is full of near ties, which a runtime may break the other way
+        quick = {"min_agreement": 0.0, "time_float": smoke.time_float}
+        changes: dict[str, Any] = {
+            "data": self.data.model_copy(update=few),
+            "evaluate": self.evaluate.model_copy(update={"calibration_examples": 32}),
+            "export": self.export.model_copy(update=quick),
+        }
+        for name in ("float_training", "qat"):
+            training = getattr(self, name)
+            if training is not None:
+                short = {"epochs": None, "max_steps": smoke.steps, "batch_size": min(16, training.batch_size)}
+                often = {"log_every": 1, "checkpoint_every": 2, "warmup_steps": 0}
+                changes[name] = training.model_copy(update=short | often)
+        return self.model_copy(update=changes)

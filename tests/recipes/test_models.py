@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewbits.errors import RecipeError
+from fewbits.recipes.models import cost, named_model, plan_for
+
+
+def test_the_cost_of_a_small_model_by_hand() -> None:
+    model, example = named_model("reference_cnn")
+    found = cost(model, example, plan_for(model, None, 2, 4, 8))
+    convolutions = [144, 4608, 9216, 18432]
+    assert found["weights"] == sum(convolutions) + 640 == sum(row["weights"] for row in found["layers"])
+    assert [row["bits"] for row in found["layers"]] == [8, 2, 2, 2, 8]
+    macs = [144 * 64, 4608 * 16, 9216 * 16, 18432 * 4, 640]
+    assert [row["macs"] for row in found["layers"]] == macs
+    assert found["bops"] == sum(m * b for m, b in zip(macs, (64, 8, 8, 8, 64)))
+    codes = 144 + 640 + (4608 + 9216 + 18432) // 4
+    assert found["bytes"] - codes == pytest.approx(4 * (16 + 32 + 32 + 64 + 10) * 2, abs=48)
+
+
+def test_channels_and_classes_are_those_asked_for(tmp_path: Path) -> None:
+    model, example = named_model("resnet20", classes=7, input_shape=(1, 16, 16))
+    assert model(example).shape == (1, 7)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    again, _ = named_model("resnet20", 7, (1, 16, 16), str(tmp_path / "w.pt"))
+    assert torch.equal(again.linear.weight, model.linear.weight)
+
+
+def test_weights_that_are_not_there_are_an_error() -> None:
+    with pytest.raises(RecipeError, match="'nothing.pt' does not exist"):
+        named_model("resnet20", weights="nothing.pt")

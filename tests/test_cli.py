@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fewbits.cli import main
+from fewbits.recipes.read import find
+from tests.recipes.runs import shared_run
+
+VERBS = ("demo", "run", "resume", "allocate", "cost", "pack", "export", "verify", "bench", "report")
+
+
+@pytest.fixture
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished smoke run."""
+    return shared_run(tmp_path_factory)
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[Any, str, str]:
+    """Run the command line; return (exit code or message, stdout, stderr)."""
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    out, err = capsys.readouterr()
+    return exit_.value.code, out, err
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """Return what a command answers as JSON; nothing else may be on stdout."""
+    code, out, _ = call(capsys, *arguments, "--json")
+    assert code == 0
+    data: dict[str, Any] = json.loads(out)
+    return data
+
+
+def test_help_is_quick_and_lists_the_verbs() -> None:
+    program = (
+        "import sys; sys.argv = ['fewbits', '--help']\n"
+        "from fewbits.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'numpy', 'pydantic', 'yaml', 'onnx'} & set(sys.modules)))"
+    )
+    start = time.process_time()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]", "heavy imports belong inside the commands"
+    assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
+    assert time.process_time() - start < 1
+
+
+def test_wrong_usage_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "runn", "digits")[0] == 2
+    assert call(capsys, "cost", "resnet20", "--input", "3.32.32")[0] == 2
+    assert call(capsys, "export", "x", "--mode", "tiny")[0] == 2
+
+
+def test_the_cost_of_resnet50_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "cost", "torchvision:resnet50", "--weight-bits", "8", "--input", "3,64,64")
+    assert found["weights"] == 25_502_912 and len(found["layers"]) == 54
+    assert 25_502_912 < found["bytes"] < 1.02 * 25_502_912
+    assert found["bops"] == found["macs"] * 8 * 32
+    assert {"name", "kind", "weights", "bits", "bytes", "macs", "bops"} == set(found["layers"][0])
+
+
+def test_an_allocation_becomes_a_plan_that_cost_reads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    found = answer(capsys, "allocate", "reference_cnn", "--average-bits", "3", "--act-bits", "4", "--out", str(plan))
+    assert found["average_weight_bits"] <= 3 and found["decided_from"]["method"] == "solver"
+    again = answer(capsys, "cost", "reference_cnn", "--plan", str(plan))
+    assert again["bytes"] == found["bytes"] and again["bops"] == found["bops"]
+    code, out, _ = call(capsys, "cost", "reference_cnn", "--plan", str(plan))
+    assert code == 0 and "features.9" in out and "33,040 weights" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "digit"], "error: there is no recipe 'digit'; did you mean 'digits'"),
+        (["run", "digits", "--set", "qat.epoch=1"], "unknown key 'qat.epoch'; did you mean 'epochs'"),
+        (["allocate", "reference_cnn", "--average-bits", "1"], "cannot be met: the least possible is"),
+        (["allocate", "reference_cnn"], "needs at least one limit"),
+        (["cost", "resnet21"], "'resnet21' is not among fewbits' own models; did you mean"),
+        (["cost", "reference_cnn", "--weight-bits", "9"], "weight_bits must be one of"),
+        (["resume", "nothing"], "'nothing' is no run folder"),
+        (["report", "nothing"], "result.json does not exist"),
+        (["bench", "nothing.onnx"], "'nothing.onnx' is no run folder"),
+    ],
+)
+def test_an_error_is_one_message_and_no_traceback(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    said, out, err = call(capsys, *arguments)
+    assert isinstance(said, str), "python prints a message to stderr and ends with code 1"
+    assert said.startswith("error: ") and message in said
+    assert "Traceback" not in out + err and "\n" not in said
+
+
+def test_an_unwritable_run_folder_is_told_before_any_work(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said, out, _ = call(capsys, "run", "digits", "--out", str(tmp_path / "file" / "run"))
+    assert "cannot write in" in said and out == ""
+
+
+def test_the_demo_replaces_an_earlier_demo_and_no_other_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaced = []
+    monkeypatch.setattr("fewbits.cli._run", lambda *_, force, **__: replaced.append(force))
+    for name in ("", "digits", "mine"):
+        if name:
+            data = yaml.safe_load(find("digits").read_text()) | {"name": name}
+            (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+        assert call(capsys, "demo", "--out", str(tmp_path))[0] == 0
+    assert replaced == [False, True, False]
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(Exception, match="there is no recipe"):
+        main(["--debug", "run", "digit"])
+
+
+def test_a_run_prints_a_table_and_as_json_nothing_else(
+    capsys: pytest.CaptureFixture[str],
+    finished_run: Path,
+) -> None:
+    code, out, _ = call(capsys, "resume", str(finished_run))
+    assert code == 0 and "packed file" in out and str(finished_run / "report.html") in out
+    found = answer(capsys, "resume", str(finished_run))
+    assert found["packed"]["code_mismatches"] == 0 and found["folder"] == str(finished_run)
+
+
+def test_the_verbs_on_a_finished_run(
+    capsys: pytest.CaptureFixture[str],
+    finished_run: Path,
+    tmp_path: Path,
+) -> None:
+    folder = str(shutil.copytree(finished_run, tmp_path / "run"))
+    assert answer(capsys, "verify", folder)["code_mismatches"] == 0
+    assert answer(capsys, "pack", folder)["file_bytes"] > 0
+    assert answer(capsys, "bench", folder, "--rounds", "1")["threads"] == 1
+    assert Path(answer(capsys, "report", folder)["file"]).is_file()
+    code, out, _ = call(capsys, "export", folder, "--mode", "smallest", "--to", str(tmp_path / "s.onnx"))
+    assert code == 0 and "mode" in out and "smallest" in out
+    said, _, _ = call(capsys, "run", "digits", "--out", folder)
+    assert "holds a run already" in said and "--force" in said
+    (tmp_path / "run/model.safetensors").write_bytes(b"damaged")
+    for verb in ("verify", "export"):
+        said, _, _ = call(capsys, verb, folder)
+        assert "model.safetensors" in said and said.startswith("error: ")
