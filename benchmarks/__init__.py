@@ -1,0 +1,1 @@
+"""Benchmarks of fewbits against float and against its peers."""

@@ -1,0 +1,52 @@
+"""The code in the README and in docs/ runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewbits import TensorPlan
+from fewbits.layers import base
+from fewbits.quantizers import QUANTIZERS, make_quantizer
+
+ROOT = Path(__file__).parent.parent
+CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def run(page: str) -> dict[str, object]:
+    blocks = CODE.findall((ROOT / page).read_text(encoding="utf-8"))
+    assert blocks
+    names: dict[str, object] = {"__name__": "docs"}
+    exec(compile("\n".join(blocks), page, "exec"), names)
+    return names
+
+
+def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run("README.md")
+    assert (tmp_path / "digits.onnx").stat().st_size > 0
+    assert names["evaluate"](names["packed"], names["test"])["top1"] > 90
+
+
+def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run("docs/tutorial.md")
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(names["again"](x), names["packed"](x))
+
+
+def test_the_quantizer_and_the_layer_of_extending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "TWINS", dict(base.TWINS))
+    try:
+        run("docs/extending.md")
+        x = torch.randn(5, 7, requires_grad=True)
+        quantizer = make_quantizer(TensorPlan(3, "power_of_two", granularity="channel"), shape=(5, 7))
+        quantizer.calibrate(x.detach())
+        assert torch.equal(quantizer(x), quantizer.encode(x.detach()).decode())
+        quantizer(x).sum().backward()
+        assert torch.equal(x.grad, torch.ones(5, 7))
+    finally:
+        QUANTIZERS.pop("power_of_two", None)
