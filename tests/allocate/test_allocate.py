@@ -16,7 +16,7 @@ from fewbits.cost import model_shape, size
 from fewbits.errors import BudgetError, PlanError, QuantizationError
 from fewbits.plan import Plan
 
-EXAMPLE = torch.randn(1, 3, 8, 8)
+EXAMPLE = torch.linspace(-2, 2, 192).reshape(1, 3, 8, 8)
 
 
 def net(width: int = 16) -> nn.Sequential:

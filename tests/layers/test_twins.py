@@ -17,11 +17,11 @@ from fewbits.plan import LayerPlan, Plan, TensorPlan
 Make = Callable[[], nn.Module]
 
 
-def images(*shape: int) -> Tensor:
-    return torch.randn(2, 4, *shape)
+def images(*shape: int) -> tuple[int, ...]:
+    return (2, 4, *shape)
 
 
-CONVS: dict[str, tuple[Make, Tensor]] = {
+CONVS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3), images(9)),
     "conv1d same": (lambda: nn.Conv1d(4, 6, 4, padding="same", dilation=2), images(9)),
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1), images(7, 8)),
@@ -40,18 +40,18 @@ CONVS: dict[str, tuple[Make, Tensor]] = {
     },
     "conv3d": (lambda: nn.Conv3d(4, 6, 2, padding=1), images(3, 4, 5)),
     "conv3d groups circular": (lambda: nn.Conv3d(4, 6, 3, 1, 1, groups=2, padding_mode="circular"), images(3, 4, 5)),
-    "conv2d unbatched": (lambda: nn.Conv2d(4, 6, 3), torch.randn(4, 7, 8)),
+    "conv2d unbatched": (lambda: nn.Conv2d(4, 6, 3), (4, 7, 8)),
     "transpose1d": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1), images(6)),
     "transpose2d": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1), images(5, 4)),
     "transpose2d groups": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, groups=2, dilation=2), images(5, 4)),
     "transpose2d no bias": (lambda: nn.ConvTranspose2d(4, 6, 2, bias=False, output_padding=0), images(5, 4)),
     "transpose3d": (lambda: nn.ConvTranspose3d(4, 6, 2, stride=2), images(3, 2, 3)),
-    "transpose2d unbatched": (lambda: nn.ConvTranspose2d(4, 6, 3), torch.randn(4, 7, 8)),
+    "transpose2d unbatched": (lambda: nn.ConvTranspose2d(4, 6, 3), (4, 7, 8)),
 }
-LINEARS: dict[str, tuple[Make, Tensor]] = {
-    "linear": (lambda: nn.Linear(4, 6), torch.randn(5, 4)),
-    "linear no bias": (lambda: nn.Linear(4, 6, bias=False), torch.randn(2, 3, 5, 4)),
-    "linear one vector": (lambda: nn.Linear(4, 6), torch.randn(4)),
+LINEARS: dict[str, tuple[Make, tuple[int, ...] | Tensor]] = {
+    "linear": (lambda: nn.Linear(4, 6), (16, 4)),
+    "linear no bias": (lambda: nn.Linear(4, 6, bias=False), (2, 3, 5, 4)),
+    "linear one vector": (lambda: nn.Linear(4, 6), (4,)),
     "embedding": (lambda: nn.Embedding(10, 6), torch.tensor([[1, 2], [9, 0]])),
     "embedding padding": (lambda: nn.Embedding(10, 6, padding_idx=0), torch.tensor([[1, 2], [9, 0]])),
 }
@@ -62,7 +62,7 @@ NAMES = sorted(LAYERS)
 def build(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(1)
     make, x = LAYERS[name]
-    return make(), x
+    return make(), x if isinstance(x, Tensor) else torch.randn(x)
 
 
 A8 = TensorPlan(8, symmetric=False)

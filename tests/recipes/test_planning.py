@@ -15,7 +15,7 @@ from fewbits.tasks.models import CifarResNet, ReferenceCNN
 from tests.recipes.runs import small
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
-BATCHES = [(torch.randn(8, 1, 8, 8), torch.arange(8))]
+BATCHES = [(torch.linspace(-2, 2, 512).reshape(8, 1, 8, 8), torch.arange(8))]
 
 
 def planned(model: torch.nn.Module, example: torch.Tensor = EXAMPLE, **sections: Any) -> Plan:
