@@ -153,7 +153,7 @@ def test_an_input_scale_a_channel_follows_the_channel_axis(name: str) -> None:
     ("options", "size"), [({}, None), ({"stride": 2, "padding": 1}, (10, 7)), ({"stride": 3}, (16, 14))]
 )
 def test_transposed_convolution_takes_an_output_size(options: dict[str, Any], size: tuple[int, int] | None) -> None:
-    layer, x = nn.ConvTranspose2d(4, 6, 3, **options), images(5, 4)
+    layer, x = nn.ConvTranspose2d(4, 6, 3, **options), torch.randn(images(5, 4))
     want = layer(x, output_size=size)
     quantize(layer, plan(layer, TensorPlan(8)), verbose=False)
     got = layer(x, output_size=size)
