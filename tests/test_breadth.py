@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import nn
 
 import fewbits as fb
 from fewbits import LayerPlan, Plan, TensorPlan
 from fewbits.deploy import PackedLayer, code_mismatches
 from fewbits.layers import call, quantizable, quantized_layers
-from tests.zoo import ZOO, tensors
+from tests.zoo import ZOO, settle, tensors
 
 ACTIVATION = TensorPlan(8, symmetric=False, range="minmax")
 PLAN = Plan((("*", LayerPlan(TensorPlan(4, granularity="channel", range="minmax"), ACTIVATION, ACTIVATION)),))
@@ -21,26 +18,11 @@ PLAN = Plan((("*", LayerPlan(TensorPlan(4, granularity="channel", range="minmax"
 READ_DIRECTLY = {"model.query_position_embeddings"}  # DETR reads this table's weight; ``calibrate`` warns of it
 
 
-def settle(model: nn.Module, batch: Any) -> None:
-    """Give batch norms the statistics of the batch: with those of a new network, signals fade on the way."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [m.momentum for m in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        call(model.train(), batch)
-    for norm, momentum in zip(norms, before):
-        norm.momentum = momentum
-
-
 @pytest.mark.parametrize("name", ZOO)
 def test_every_architecture_goes_the_whole_way(name: str) -> None:
     library = name.split(":")[0]
     pytest.importorskip(library)
     model, batch = ZOO[name]()
-    for parameter in model.parameters():  # some heads start at zero, and would hide what is before them
-        if not parameter.any() and parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
     settle(model, batch)
     float_output = tensors(call(model.eval(), batch))
     plan = PLAN.override(*((n, None) for n in READ_DIRECTLY if n in quantizable(model)))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbits.layers import call
+
 Made = tuple[nn.Module, Any]  # the model and a batch of its inputs
 
 
@@ -143,3 +145,18 @@ def tensors(output: Any) -> list[Tensor]:
     if isinstance(output, dict):
         output = list(output.values())
     return [t for item in output for t in tensors(item)] if isinstance(output, (list, tuple)) else []
+
+
+def settle(model: nn.Module, batch: Any) -> None:
+    """Let signals of a new network reach its outputs: fill weights that start at zero, set batch norms by the batch."""
+    for parameter in model.parameters():
+        if not parameter.any() and parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.02)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [m.momentum for m in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        call(model.train(), batch)
+    for norm, momentum in zip(norms, before):
+        norm.momentum = momentum

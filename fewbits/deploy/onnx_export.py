@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewbits.deploy.onnx_graph import finish_graph
 from fewbits.deploy.onnx_nodes import EmitActivation, EmitWeight, emit_layer, refine_for_bias
@@ -47,18 +48,17 @@ def export_onnx(
 ) -> ExportReport:
     """Write a packed model as ONNX and return what was written.
 
-    example: a batch (tensor, or tuple of tensors), whose first axis stays free if dynamic_batch. Raises ExportError
-    for an unknown mode, a model that is not packed, or one that PyTorch cannot export.
+    example: a batch (tensor, or tuple or dict of arguments), whose first axis stays free if dynamic_batch. Raises
+    ExportError for an unknown mode, a model that is not packed, or one that PyTorch cannot export.
     """
     if mode not in MODES:
         raise ExportError(f"mode must be one of {MODES}, got {mode!r}")
     if not any(isinstance(layer, PackedLayer) for layer in quantized_layers(packed).values()):
         raise ExportError("export_onnx takes a packed model: call fewbits.pack(model, example) first")
-    args = example if isinstance(example, tuple) else (example,)
     emitting = copy.deepcopy(packed).eval()
     types = _emit(emitting, mode)
     opset = OPSET_INT2 if any(kind.endswith("INT2") for kind in types.values()) else OPSET
-    proto = trace(emitting, args, opset, dynamic_batch)
+    proto = trace(emitting, example, opset, dynamic_batch)
     finish_graph(proto, {f"{name}.packed.codes": kind for name, kind in types.items()}, short=mode == "smallest")
     write(proto, path)
     return ExportReport(Path(path), Path(path).stat().st_size, opset, mode, types)
@@ -66,25 +66,31 @@ def export_onnx(
 
 def export_float(model: nn.Module, path: str | Path, example: Any, *, dynamic_batch: bool = True) -> Path:
     """Write a float model as ONNX, for comparison."""
-    args = example if isinstance(example, tuple) else (example,)
-    write(trace(copy.deepcopy(model).eval(), args, OPSET, dynamic_batch), path)
+    write(trace(copy.deepcopy(model).eval(), example, OPSET, dynamic_batch), path)
     return Path(path)
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], opset: int, dynamic_batch: bool) -> Any:
+def trace(model: nn.Module, example: Any, opset: int, dynamic_batch: bool) -> Any:
     """Run PyTorch's exporter; return the ONNX model proto."""
     import logging
 
-    batch = torch.export.Dim("batch") if dynamic_batch else None
+    args = example if isinstance(example, tuple) or hasattr(example, "keys") else (example,)
     if dynamic_batch:  # a batch of one would be taken for a constant
-        args = tuple(torch.cat([a, a]) if isinstance(a, torch.Tensor) and a.shape[:1] == (1,) else a for a in args)
-    shapes = tuple({0: batch} if isinstance(a, torch.Tensor) and a.ndim else None for a in args) if batch else None
+        args = _map(args, lambda a: torch.cat([a, a]) if isinstance(a, Tensor) and a.shape[:1] == (1,) else a)
+    batch = torch.export.Dim("batch")
+    free = _map(args, lambda a: {0: batch} if isinstance(a, Tensor) and a.ndim else None)
+    given: Any = {"kwargs": args} if hasattr(args, "keys") else {"args": args}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                model, args, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
+                model,
+                **given,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=free if dynamic_batch else None,
+                verbose=False,
             )
     except Exception as error:
         reason = str(error).strip().splitlines()
@@ -94,6 +100,11 @@ def trace(model: nn.Module, args: tuple[Any, ...], opset: int, dynamic_batch: bo
         ) from error
     assert program is not None
     return program.model_proto
+
+
+def _map(args: Any, f: Callable[[Any], Any]) -> Any:
+    """Apply f to each of a tuple or dict of arguments."""
+    return {k: f(a) for k, a in args.items()} if hasattr(args, "keys") else tuple(f(a) for a in args)
 
 
 def write(proto: Any, path: str | Path) -> None:
