@@ -29,6 +29,10 @@ class DataError(FewbitsError):
     """Input data that is missing, empty or out of range."""
 
 
+class TrainingError(FewbitsError):
+    """A training run that cannot start as asked, or that cannot go on."""
+
+
 class PackedFileError(FewbitsError):
     """A packed file that is damaged, of another version, or of another architecture."""
 

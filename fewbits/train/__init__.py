@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fewbits.train.checkpoint import Checkpoints
-from fewbits.train.config import FitConfig, TrainingError
+from fewbits.train.config import FitConfig
 from fewbits.train.data import Batches, BatchSource, Examples, LoaderBatches
 from fewbits.train.ema import Ema
 from fewbits.train.hooks import Hook
@@ -13,5 +13,5 @@ from fewbits.train.state import TrainState
 
 __all__ = [
     "BatchSource", "Batches", "Checkpoints", "Ema", "Examples", "FitConfig", "FitResult", "Hook", "LoaderBatches",
-    "TrainState", "TrainingError", "fit", "make_optimizer", "make_schedule", "parameter_groups",
+    "TrainState", "fit", "make_optimizer", "make_schedule", "parameter_groups",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fewbits.errors import FewbitsError
+from fewbits.errors import TrainingError
 
 CHOICES = {
     "optimizer": ("sgd", "adamw"),
@@ -19,10 +19,6 @@ AT_LEAST = {
     "checkpoint_every": 1, "keep": 1,
 }  # fmt: skip
 FREE = ("checkpoint_every", "keep", "progress")  # do not change what a run computes, so a resumed run may change them
-
-
-class TrainingError(FewbitsError):
-    """A training run that cannot start as asked, or that cannot go on."""
 
 
 @dataclass(frozen=True)

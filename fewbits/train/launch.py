@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewbits.errors import QuantizationError
-from fewbits.train.config import FitConfig, TrainingError
+from fewbits.errors import QuantizationError, TrainingError
+from fewbits.train.config import FitConfig
 from fewbits.train.optim import quantizers
 
 

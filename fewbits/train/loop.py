@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fewbits.errors import CheckpointError
+from fewbits.errors import CheckpointError, TrainingError
 from fewbits.plan import Plan
 from fewbits.train import rng
 from fewbits.train.checkpoint import Checkpoints, prepare_folder
-from fewbits.train.config import FitConfig, TrainingError
+from fewbits.train.config import FitConfig
 from fewbits.train.data import BatchSource, as_batches
 from fewbits.train.ema import Ema
 from fewbits.train.hooks import Hook

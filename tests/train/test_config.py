@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from fewbits.errors import FewbitsError
-from fewbits.train import FitConfig, TrainingError
+from fewbits.errors import TrainingError
+from fewbits.train import FitConfig
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fewbits.errors import CheckpointError, QuantizationError
+from fewbits.errors import CheckpointError, QuantizationError, TrainingError
 from fewbits.plan import LayerPlan, Plan, TensorPlan
-from fewbits.train import Batches, Checkpoints, FitConfig, Hook, TrainingError, TrainState, fit
+from fewbits.train import Batches, Checkpoints, FitConfig, Hook, TrainState, fit
 from fewbits.train.launch import require_calibrated
 
 from .workers import Noisy, Quiet, cross_entropy, evaluate, tiny_model
