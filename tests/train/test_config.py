@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from fewbits.errors import FewbitsError
-from fewbits.errors import TrainingError
+from fewbits.errors import FewbitsError, TrainingError
 from fewbits.train import FitConfig
 
 
