@@ -9,7 +9,7 @@ from fewbits.plan import LayerPlan, Plan, TensorPlan
 
 if TYPE_CHECKING:
     from fewbits.allocate import Budget, allocate, uniform_plan
-    from fewbits.deploy import export_onnx, load, pack, save, verify
+    from fewbits.deploy import align_biases, export_onnx, load, pack, save, verify
     from fewbits.layers import calibrate, dequantize, quantize
     from fewbits.train import FitConfig, fit
 
@@ -17,14 +17,15 @@ __version__ = "0.1.0"
 
 _LAZY = {  # imported on first use, so that ``import fewbits`` and ``fewbits --help`` stay quick
     "Budget": "allocate", "allocate": "allocate", "uniform_plan": "allocate",
-    "export_onnx": "deploy", "load": "deploy", "pack": "deploy", "save": "deploy", "verify": "deploy",
+    "align_biases": "deploy", "export_onnx": "deploy", "load": "deploy", "pack": "deploy", "save": "deploy",
+    "verify": "deploy",
     "calibrate": "layers", "dequantize": "layers", "quantize": "layers",
     "FitConfig": "train", "fit": "train",
 }  # fmt: skip
 
 __all__ = [
-    "Budget", "FitConfig", "LayerPlan", "Plan", "TensorPlan", "allocate", "calibrate", "dequantize", "export_onnx",
-    "fit", "load", "pack", "quantize", "save", "uniform_plan", "verify",
+    "Budget", "FitConfig", "LayerPlan", "Plan", "TensorPlan", "align_biases", "allocate", "calibrate", "dequantize",
+    "export_onnx", "fit", "load", "pack", "quantize", "save", "uniform_plan", "verify",
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Deployment: pack to integers, save and load, export to ONNX, verify."""
 
+from fewbits.deploy.align import align_biases
 from fewbits.deploy.file import load, save
 from fewbits.deploy.onnx_export import ExportReport, export_float, export_onnx
 from fewbits.deploy.pack import code_mismatches, pack
@@ -7,6 +8,6 @@ from fewbits.deploy.packed import PackedLayer, PackedWeight
 from fewbits.deploy.verify import VerifyReport, verify
 
 __all__ = [
-    "ExportReport", "PackedLayer", "PackedWeight", "VerifyReport", "code_mismatches", "export_float", "export_onnx",
-    "load", "pack", "save", "verify",
+    "ExportReport", "PackedLayer", "PackedWeight", "VerifyReport", "align_biases", "code_mismatches", "export_float",
+    "export_onnx", "load", "pack", "save", "verify",
 ]  # fmt: skip

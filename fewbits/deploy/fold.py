@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fewbits.deploy.packed import PackedLayer
-from fewbits.layers import call, float_class
+from fewbits.layers import QuantizedLayer, call, float_class
 from fewbits.quantizers import Codes, Grouping
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -62,8 +62,8 @@ def replace_norm(model: nn.Module, name: str, output_quantizer: nn.Module | None
     setattr(model.get_submodule(parent), child, output_quantizer or nn.Identity())
 
 
-def find_pairs(packed: nn.Module, example: Any) -> dict[str, str]:
-    """Return {batch norm name: packed layer name} for the pairs that can be folded."""
+def find_pairs(model: nn.Module, example: Any) -> dict[str, str]:
+    """Return {batch norm name: layer name} for the pairs in a quantized or packed model that can be folded."""
     uses = _Uses()
     made: dict[int, str] = {}
     runs: dict[str, int] = {}
@@ -81,14 +81,14 @@ def find_pairs(packed: nn.Module, example: Any) -> dict[str, str]:
             fed[name] = (made[id(x)], id(x))
 
     handles = []
-    for name, module in packed.named_modules():
-        if isinstance(module, PackedLayer) and module.output_quantizer is None:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer) and module.layer_plan.weight and module.output_quantizer is None:
             handles.append(module.register_forward_hook(lambda m, a, y, name=name: after_layer(name, y)))
         elif float_class(module) in NORMS and module.track_running_stats:
             handles.append(module.register_forward_pre_hook(lambda m, a, name=name: before_norm(name, a[0])))
     try:
         with torch.no_grad(), uses:
-            returned = call(packed, example)
+            returned = call(model, example)
         for tensor in _tensors(returned):  # what the model returns is used by its caller
             if id(tensor) in uses.count:
                 uses.count[id(tensor)] += 1
@@ -101,19 +101,18 @@ def find_pairs(packed: nn.Module, example: Any) -> dict[str, str]:
         if uses.count[tensor] == 1
         and runs[norm] == 1
         and runs[layer] == 1
-        and _channels(packed, layer) == packed.get_submodule(norm).num_features
+        and _channels(model, layer) == model.get_submodule(norm).num_features
     }
 
 
-def _channels(packed: nn.Module, name: str) -> int:
-    """Return the channels of a packed weight; a grouped transposed convolution has more outputs, and is not folded."""
-    layer = packed.get_submodule(name)
-    assert isinstance(layer, PackedLayer)
-    return layer.packed.shape[layer.channel_axis]
+def _channels(model: nn.Module, name: str) -> int:
+    """Return the channels of a weight; a grouped transposed convolution has more outputs, and is not folded."""
+    layer: Any = model.get_submodule(name)
+    return int(getattr(layer, layer.weight_name).shape[layer.channel_axis])
 
 
 def _fold(layer: PackedLayer, norm: nn.Module) -> None:
-    scale, shift = _gain(norm)
+    scale, shift = (t.float() for t in gain_and_shift(norm))
     weight, bias = layer.packed, layer.bias
     codes = weight.get()
     axis = layer.channel_axis
@@ -130,12 +129,12 @@ def _fold(layer: PackedLayer, norm: nn.Module) -> None:
     layer.bias = nn.Parameter(old * scale + shift, requires_grad=False)
 
 
-def _gain(norm: Any) -> tuple[Tensor, Tensor]:
-    """Return (g / sigma, beta - mean g / sigma), computed in float64 and rounded once."""
+def gain_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
+    """Return (g / sigma, beta - mean g / sigma) of a batch norm in float64, [channels] each."""
     sigma = (norm.running_var.double() + norm.eps).sqrt()
     gain = (1.0 if norm.weight is None else norm.weight.detach().double()) / sigma
     shift = (0.0 if norm.bias is None else norm.bias.detach().double()) - norm.running_mean.double() * gain
-    return gain.float(), shift.float()
+    return gain, shift
 
 
 def _row_channels(codes: Codes, axis: int, channels: int) -> Tensor:

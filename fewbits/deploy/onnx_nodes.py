@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbits.deploy.align import largest_factor
 from fewbits.deploy.packed import PackedLayer, packed_class
 from fewbits.errors import ExportError
 from fewbits.quantizers import Codes, Grouping, Quantizer, Uniform
@@ -138,20 +139,17 @@ def refine_for_bias(codes: Codes, bias: Tensor, activation: Uniform) -> Codes:
 
     Engines hold the bias of an integer convolution in int32 units of input scale x weight scale. With few bits these
     units are coarse: half of one can move the next layer's code. Codes times k with scale / k are the same weight in
-    finer units; for each channel we take the k (codes stay within int8) that leaves the least rounding of the bias.
+    finer units; for each channel we take the k (codes stay within int8) that leaves the least rounding of the bias:
+    the largest one, whose unit ``align_biases`` has used, leaves none.
     """
-    axis, channels = codes.grouping.axis, len(bias)
-    if codes.grouping.block is not None or codes.zero_point is not None or codes.values.shape[axis] != channels:
+    largest, axis, channels = largest_factor(codes, activation), codes.grouping.axis, len(bias)
+    if largest is None or len(largest) != channels:
         return codes
     scale = codes.scale.expand(channels)
-    rows = codes.values.movedim(axis, 0).reshape(channels, -1)
-    # pairs of u8 x s8 products are summed in 16 bits on older x86: stay below 2**15
-    limit = min(127, 2**14 // (activation.grid.highest - activation.grid.lowest))
-    largest = (limit // rows.abs().amax(1).clamp(min=1)).clamp(min=1)
-    k = torch.arange(1, 128)[:, None]
+    k = torch.arange(127, 0, -1)[:, None]
     unit = activation.affine()[0].double() * scale.double().abs().clamp(min=1e-30) / k
     error = ((bias.double() / unit).round() * unit - bias.double()).abs().masked_fill(k > largest, torch.inf)
-    best = error.argmin(0) + 1
+    best = k[error.argmin(0), 0]
     shape = [-1 if i == axis else 1 for i in range(codes.values.ndim)]
     grouping = Grouping("channel", axis, codes.grouping.contraction)
     return replace(codes, values=codes.values * best.reshape(shape).int(), scale=scale / best, grouping=grouping)

@@ -10,6 +10,7 @@ from fewbits.layers.swap import (
     dequantize,
     describe,
     float_class,
+    in_eval,
     print_table,
     quantizable,
     quantize,
@@ -20,6 +21,6 @@ from fewbits.layers.swap import (
 
 __all__ = [
     "QuantizedLayer", "activation_quantizers", "attention", "calibrate", "call", "dequantize", "describe",
-    "float_class", "print_table", "quantizable", "quantize", "quantized_layers", "quantizes", "register_attention",
-    "report_layers", "set_mode", "twin_class", "twins", "wrap_owners",
+    "float_class", "in_eval", "print_table", "quantizable", "quantize", "quantized_layers", "quantizes",
+    "register_attention", "report_layers", "set_mode", "twin_class", "twins", "wrap_owners",
 ]  # fmt: skip

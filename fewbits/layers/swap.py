@@ -110,7 +110,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     for layer in layers.values():
         for quantizer in activation_quantizers(layer):
             quantizer.reset()
-    with _in_eval(model), set_mode(model, "observe"), _watched(layers) as reached, torch.no_grad():
+    with in_eval(model), set_mode(model, "observe"), _watched(layers) as reached, torch.no_grad():
         for batch in itertools.chain([first], batches):
             call(model, batch)
     _warn_unreached(layers, reached)
@@ -161,25 +161,30 @@ def report_layers(model: nn.Module) -> list[LayerReport]:
 
 
 def print_table(model: nn.Module) -> None:
-    """Print ``report_layers`` as a table."""
+    """Print ``report_layers`` as a table; names are never cut, and rows of usual models fit into 80 columns."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("layer", "type", "weight", "input", "operands", "output", "why not", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for header in ("layer", "type"):
+        table.add_column(header, overflow="fold")
+    table.add_column("bits, or why it is in float", ratio=1)
     for row in report_layers(model):
         plan = row.plan or LayerPlan()
-        cells = [describe(t) for t in (plan.weight, plan.input, plan.operands, plan.output)]
-        table.add_row(row.name or "(model)", row.kind, *cells, row.reason, style=None if row.plan else "dim")
+        tensors = {"weight": plan.weight, "input": plan.input, "operands": plan.operands, "output": plan.output}
+        how = ", ".join(f"{name} {describe(t, unit='')}" for name, t in tensors.items() if t is not None)
+        table.add_row(row.name or "(model)", row.kind, how or f"float: {row.reason}", style=None if how else "dim")
     Console().print(table)
 
 
-def describe(plan: TensorPlan | None) -> str:
-    """Return a tensor plan in a few words, e.g. ``4 bit lsq channel``."""
+def describe(plan: TensorPlan | None, unit: str = " bit") -> str:
+    """Return a tensor plan in a few words, e.g. ``4 bit lsq channel``; per tensor where it does not say."""
     if plan is None:
         return "float"
+    one = "" if plan.granularity == "tensor" else f" {plan.granularity}"
     block = f" {plan.block}" if plan.block else ""
     affine = "" if plan.symmetric else " affine"
-    return f"{plan.bits} bit {plan.quantizer} {plan.granularity}{block}{affine}"
+    return f"{plan.bits}{unit} {plan.quantizer}{one}{block}{affine}"
 
 
 def _reason(module: nn.Module) -> str:
@@ -290,7 +295,7 @@ def _all_or_nothing(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
+def in_eval(model: nn.Module) -> Iterator[None]:
     """Evaluate inside the block; after it each module trains or not as before (frozen batch norms do not)."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbits.deploy import code_mismatches, load, pack, save, verify
+from fewbits.deploy import align_biases, code_mismatches, load, pack, save, verify
 from fewbits.deploy.onnx_export import export_float, export_onnx
 from fewbits.deploy.verify import open_session
 from fewbits.errors import ExportError
@@ -109,7 +109,10 @@ class _Run:
         """Train the quantized model; the last weights are the result, there is no choice among epochs."""
         if self.recipe.qat is not None:
             self.fit(self.recipe.qat, "train", self.folder.path, Plan.load(self.folder / "plan.json"))
-        return self.measure(self.model)
+        export, moved = self.recipe.export, {}
+        if export.align_biases and export.mode == "fastest":
+            moved = align_biases(self.model, self.images.sample(2))
+        return {**self.measure(self.model), "bias_moved": max(moved.values(), default=0.0)}
 
     def pack(self, original: nn.Module) -> dict[str, Any]:
         """Write the packed file, and hold what is read back from it against the trained model."""

@@ -183,6 +183,8 @@ class Export(Section):
     """Export the float model too, and time it beside the quantized one."""
     threads: Count = 1
     """Threads of ONNX Runtime when it is timed."""
+    align_biases: bool = True
+    """Move the trained biases of convolutions to whole units of integer engines (mode `fastest`)."""
     min_agreement: Percent = 99.0
     """Percent of test images on which ONNX Runtime must give the packed answer."""
 
