@@ -183,7 +183,7 @@ def test_tied_weights_stay_tied_and_share_their_quantizer() -> None:
 def test_tied_weights_with_different_plans_are_refused() -> None:
     model = Language()
     before = snapshot(model)
-    with pytest.raises(PlanError, match=r"'embed' and 'head' share one weight.*4 bit lsq channel and 2 bit lsq tensor"):
+    with pytest.raises(PlanError, match=r"'embed' and 'head' share one weight.*4 bit lsq channel and 2 bit lsq"):
         quantize(model, ALL.override(("embed", LayerPlan(weight=W4A8.weight)), ("head", W2)), verbose=False)
     with pytest.raises(PlanError, match=r"'embed' and 'head' share one weight.*float and 2 bit"):
         quantize(model, Plan((("head", W2),)), verbose=False)
@@ -324,12 +324,30 @@ def test_the_table_tells_of_every_module_with_parameters_how_or_why_not(
     for name, module in net.named_modules():
         if any(True for _ in module.parameters(recurse=False)) and "quantizer" not in name:
             assert (name or "(model)") in lines, name
-    assert re.search(r"conv1 +Conv2d +4 bit lsq channel +8 bit lsq tensor affine", lines["conv1"])
+    assert re.search(r"conv1 +Conv2d +weight 4 lsq channel, input 8 lsq affine", lines["conv1"])
     assert "left in float by the plan" in lines["fc"] and "BatchNorm2d" in lines["bn"]
     assert "no quantized twin for this type" in lines["(model)"]  # its bare parameter
     assert "quantizer" not in out
     quantize(net, ALL, verbose=False)
     assert capsys.readouterr().out == ""
+
+
+def test_the_table_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    quantize(nn.ModuleDict({"layer1_0_downsample_0": nn.Conv2d(3, 3, 1)}), ALL)
+    row = capsys.readouterr().out.splitlines()[1]
+    assert " ".join(row.split()) == "layer1_0_downsample_0 Conv2d weight 4 lsq channel, input 8 lsq affine"
+    assert len(row) <= 80
+
+
+def test_the_table_folds_a_long_name_but_never_cuts_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "a_block_whose_name_is_far_longer_than_any_column_of_a_table_of_eighty_columns_can_be"
+    quantize(nn.ModuleDict({name: nn.Linear(3, 3)}), ALL)
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert "".join(row[: header.index("type")].strip() for row in rows) == name
 
 
 def test_describe() -> None:
