@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from fewbits.layers import calibrate, quantize
 from fewbits.plan import LayerPlan, Plan, TensorPlan
 from fewbits.quantizers import Quantizer, fake_quantize, make_quantizer, ranges, recomputed
-from fewbits.quantizers.fake_quantize import TILE
 
+TILE = 1 << 14  # a smaller one, so that the tests stay quick
 LONG = (3, 2, TILE // 4 + 37)  # more than one tile, and not a whole number of them
 KINDS = {
     "tensor": ({"symmetric": False}, LONG, 0),
@@ -27,6 +27,11 @@ KINDS = {
     "odd": ({"granularity": "channel", "options": {"odd": True}}, (5, 21), 0),
     "odd tensor": ({"options": {"odd": True}}, LONG, 0),
 }
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_quantize, "TILE", TILE)
 
 
 def make(name: str, bits: int, quantizer: str, x: Tensor) -> Quantizer:
