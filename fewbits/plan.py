@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +27,45 @@ RANGES = ("minmax", "percentile", "mse")
 
 
 @dataclass(frozen=True)
+class Sparsity:
+    """An N:M pattern: of every ``of`` (M) consecutive weights along the contraction axis, ``kept`` (N) are not zero."""
+
+    kept: int
+    of: int
+
+    @staticmethod
+    def parse(text: str) -> Sparsity:
+        """Read "2:4". Raises PlanError unless it is N:M with 1 <= N < M <= 256."""
+        found = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", text) if isinstance(text, str) else None
+        kept, of = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not 1 <= kept < of <= 256:
+            raise PlanError(
+                f"sparsity must be a text N:M with 1 <= N < M <= 256, such as '2:4' (2 of every 4 weights are kept), "
+                f"got {text!r}"
+            )
+        return Sparsity(kept, of)
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.of}"
+
+    @property
+    def position_bits(self) -> int:
+        """Bits that name one of the M positions."""
+        return (self.of - 1).bit_length()
+
+    def count(self, numel: int) -> int:
+        """Return how many of ``numel`` weights are kept."""
+        return numel * self.kept // self.of
+
+
+@dataclass(frozen=True)
 class TensorPlan:
     """How one tensor is quantized.
 
     bits: width of a code, 1..8 (16 for activations). quantizer: a registered name. symmetric: no zero point.
-    granularity: what shares a scale. block: elements of a block along the contraction axis. range: how the
-    initial range is found. options: further keyword arguments of the quantizer.
+    granularity: what shares a scale. block: elements of a block along the contraction axis. range: how calibration
+    finds the initial range; dynamic quantizers are not calibrated, and have an option of their own. sparsity: "N:M",
+    of weights only. options: further keyword arguments of the quantizer.
     """
 
     bits: int
@@ -40,6 +74,7 @@ class TensorPlan:
     granularity: str = "tensor"
     block: int | None = None
     range: str = "mse"
+    sparsity: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -55,9 +90,19 @@ class TensorPlan:
             raise PlanError(f"block={self.block!r} with granularity={self.granularity!r}: give both or neither")
         if self.block is not None and (type(self.block) is not int or self.block < 1):
             raise PlanError(f"block must be a whole number from 1, got {self.block!r}")
+        if self.pattern is not None and not self.symmetric:
+            raise PlanError(
+                f"sparsity={self.sparsity!r} with symmetric=False: a zero point or an offset would make pruned weights "
+                "other than zero; use symmetric=True"
+            )
         if not isinstance(self.options, Mapping):
             raise PlanError(f"options must be a mapping of keyword arguments, got {self.options!r}")
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+
+    @property
+    def pattern(self) -> Sparsity | None:
+        """The N:M pattern, or None where dense."""
+        return None if self.sparsity is None else Sparsity.parse(self.sparsity)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tensor_plan, (self.to_dict(),)
@@ -86,6 +131,9 @@ class LayerPlan:
     def __post_init__(self) -> None:
         if self.weight is not None and self.weight.bits not in WEIGHT_BITS:
             raise PlanError(f"weight bits must be one of {WEIGHT_BITS}, got {self.weight.bits}")
+        for name in ("input", "operands", "output"):
+            if (given := getattr(self, name)) is not None and given.sparsity is not None:
+                raise PlanError(f"sparsity={given.sparsity!r} of {name}: only weights can be sparse, drop it there")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that are quantized, as plain data."""

@@ -16,8 +16,9 @@ WORD = 4  # bytes of a scale (float32), of a zero point (int32, or float32 where
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Bytes of one layer. bits: of a weight code, or of a float weight. floats: the weight where it stays in float,
-    the bias, and the batch norm that could fold into the layer but does not."""
+    """Bytes of one layer. bits: of a weight code, or of a float weight. codes: with the positions of sparse ones.
+    floats: the weight where it stays in float, the bias, and a batch norm that could fold into the layer but does not.
+    """
 
     name: str
     kind: str
@@ -92,17 +93,43 @@ def layer_size(layer: LayerShape, plan: LayerPlan) -> LayerSize:
     folded = bool(layer.batch_norm) and plan.output is None
     if folded:
         floats = layer.out_channels * WORD  # the bias, that takes the shift
-    codes = 0 if layer.shared else math.ceil(layer.numel * plan.weight.bits / 8)
+    codes = 0 if layer.shared else code_bytes(layer.numel, plan.weight)
     scales = 0 if layer.shared else weight_scale_bytes(layer, plan.weight, folded)
     return LayerSize(layer.name, layer.kind, plan.weight.bits, codes, scales + activations, floats)
 
 
+def code_bytes(numel: int, plan: TensorPlan) -> int:
+    """Return the bytes of the codes of ``numel`` weights; those of an N:M sparse weight come with their positions."""
+    pattern = plan.pattern
+    if pattern is None:
+        return math.ceil(numel * plan.bits / 8)
+    kept = pattern.count(numel)
+    return math.ceil(kept * plan.bits / 8) + math.ceil(kept * pattern.position_bits / 8)
+
+
+def stored_bits(plan: TensorPlan) -> float:
+    """Return the bits that one weight takes in the packed file, without scales: N (bits + log2 M) / M where N:M sparse.
+
+    Not to be mixed up with ``arithmetic_bits``: 2:4 at one bit is 1.5 bits stored, and 0.5 of a bit computed with.
+    """
+    pattern = plan.pattern
+    return plan.bits if pattern is None else (plan.bits + pattern.position_bits) * pattern.kept / pattern.of
+
+
+def arithmetic_bits(plan: TensorPlan) -> float:
+    """Return the bits of one weight as a multiplication sees them: bits * N / M where N:M sparse."""
+    pattern = plan.pattern
+    return plan.bits if pattern is None else plan.bits * pattern.kept / pattern.of
+
+
 def weight_scale_bytes(layer: LayerShape, plan: TensorPlan, folded: bool = False) -> int:
-    """Return the bytes of a weight's scales and zero points; a folded batch norm makes one per channel of one."""
+    """Return the bytes of a weight's scales and zero points or offsets; folding makes one per channel of one."""
     granularity = "channel" if folded and plan.granularity == "tensor" else plan.granularity
     grouping = Grouping(granularity, layer.channel_axis, layer.contraction_axis, plan.block)
     scale = max(WORD, layer.itemsize)  # float64 weights have float64 scales
-    return grouping.count(layer.weight_shape) * (scale + (0 if plan.symmetric else WORD))
+    offset = plan.quantizer in QUANTIZERS and QUANTIZERS[plan.quantizer].has_offset
+    shift = 0 if plan.symmetric else scale if offset else WORD
+    return grouping.count(layer.weight_shape) * (scale + shift)
 
 
 def activation_bytes(plan: TensorPlan | None, channels: int = 1) -> int:
@@ -127,6 +154,6 @@ def average_weight_bits(decided: Mapping[str, LayerPlan | None], shape: ModelSha
     return bits / max(shape.numel, 1)
 
 
-def weight_bits(layer: LayerShape, plan: LayerPlan | None) -> int:
-    """Return the bits of one weight of a layer."""
-    return 8 * layer.itemsize if plan is None or plan.weight is None else plan.weight.bits
+def weight_bits(layer: LayerShape, plan: LayerPlan | None) -> float:
+    """Return the bits of one weight of a layer as they are stored."""
+    return 8 * layer.itemsize if plan is None or plan.weight is None else stored_bits(plan.weight)

@@ -1,11 +1,15 @@
-"""Dense bit streams: codes of 1 to 8 (and 16) bits without a wasted bit, whatever the width."""
+"""Dense bit streams: codes of 1 to 8 (and 16) bits without a wasted bit, whatever the width; N:M sparse ones as the
+codes that are left and their positions."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fewbits.errors import PackedFileError
+from fewbits.plan import Sparsity
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -41,6 +45,33 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     words: Tensor = torch.nn.functional.pad(stream, (0, 8 - bits)).view(torch.int64)
     index: Tensor = (words >> _shifts(bits)) & (2**bits - 1)
     return index.reshape(-1)[:count]
+
+
+def gather_kept(values: Tensor, pattern: Sparsity, axis: int) -> tuple[Tensor, Tensor]:
+    """Return the N kept values of each group of M along ``axis``, and their positions 0..M - 1 in increasing order.
+
+    Both are vectors, groups in the order of the tensor with ``axis`` last. What is not 0 is kept; where that is fewer
+    than N, the first zeros fill up. Raises PackedFileError where it is more than N.
+    """
+    moved = values.movedim(axis, -1)
+    groups = moved.reshape(*moved.shape[:-1], moved.shape[-1] // pattern.of, pattern.of)
+    most = int((groups != 0).sum(-1).max()) if groups.numel() else 0
+    if most > pattern.kept:
+        raise PackedFileError(f"a group of {pattern.of} values has {most} other than 0: that is not {pattern} sparse")
+    first = torch.sort((groups == 0).to(torch.uint8), dim=-1, stable=True).indices[..., : pattern.kept]
+    positions = torch.sort(first, dim=-1).values
+    return groups.gather(-1, positions).reshape(-1), positions.reshape(-1)
+
+
+def scatter_kept(values: Tensor, positions: Tensor, pattern: Sparsity, shape: Sequence[int], axis: int) -> Tensor:
+    """Undo ``gather_kept`` for a tensor of the given shape. Raises PackedFileError for a position that is none."""
+    moved = list(shape)
+    moved.append(moved.pop(axis))
+    if positions.numel() and int(positions.max()) >= pattern.of:
+        raise PackedFileError(f"position {int(positions.max())} in a group of {pattern.of}: the stream is damaged")
+    groups = values.new_zeros((*moved[:-1], moved[-1] // pattern.of, pattern.of))
+    slots = (*groups.shape[:-1], pattern.kept)
+    return groups.scatter_(-1, positions.reshape(slots), values.reshape(slots)).flatten(-2).movedim(-1, axis)
 
 
 def _shifts(bits: int) -> Tensor:

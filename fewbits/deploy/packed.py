@@ -13,26 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbits.deploy.bits import pack_bits, unpack_bits
+from fewbits.deploy.bits import gather_kept, pack_bits, scatter_kept, unpack_bits
 from fewbits.errors import PackedFileError
 from fewbits.layers import QuantizedLayer, twin_class
+from fewbits.plan import Sparsity
 from fewbits.quantizers import Codes, Grid, Grouping
 
 
 class PackedWeight(nn.Module):
     """Codes of one weight as a dense bit stream.
 
-    Buffers: codes (uint8 bytes), scale [G] float32, zero_point [G] int32 or None, offset [G] float32 or None.
+    Buffers: codes (uint8 bytes), scale [G] float32, zero_point [G] int32 or None, offset [G] float32 or None. Of an N:M
+    sparse weight only the N codes of each group are there, with their positions (uint8 bytes; None where dense).
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     offset: Tensor | None
+    positions: Tensor | None
+    sparsity: Sparsity | None = None
 
     def __init__(self, codes: Codes | None = None) -> None:
         super().__init__()
-        for name in ("codes", "scale", "zero_point", "offset"):
+        for name in ("codes", "positions", "scale", "zero_point", "offset"):
             self.register_buffer(name, None)
         if codes is not None:
             self.put(codes)
@@ -40,16 +44,28 @@ class PackedWeight(nn.Module):
     def put(self, codes: Codes) -> None:
         """Take over codes."""
         self.grid, self.grouping, self.dtype = codes.grid, codes.grouping, codes.dtype
-        self.shape = tuple(codes.values.shape)
-        self.codes = pack_bits(codes.grid.index(codes.values.cpu()), codes.bits).to(codes.scale.device)
+        self.shape, self.sparsity = tuple(codes.values.shape), codes.sparsity
+        values, device = codes.values.cpu(), codes.scale.device
+        if codes.sparsity is not None:
+            values, positions = gather_kept(values, codes.sparsity, codes.grouping.contraction)
+            self.positions = pack_bits(positions, codes.sparsity.position_bits).to(device)
+        self.codes = pack_bits(codes.grid.index(values), codes.bits).to(device)
         self.scale, self.zero_point, self.offset = codes.scale, codes.zero_point, codes.offset
 
     def get(self) -> Codes:
         """Return the codes."""
-        count = math.prod(self.shape)
-        index = unpack_bits(self.codes.cpu(), self.grid.bits, count).reshape(self.shape)
-        values = self.grid.value(index).to(torch.int32).to(self.scale.device)
-        return Codes(values, self.scale, self.zero_point, self.offset, self.grid, self.grouping, self.dtype)
+        grid, grouping, pattern, count = self.grid, self.grouping, self.sparsity, math.prod(self.shape)
+        kept = count if pattern is None else pattern.count(count)
+        values = grid.value(unpack_bits(self.codes.cpu(), grid.bits, kept)).to(torch.int32)
+        if pattern is None:
+            values = values.reshape(self.shape)
+        else:
+            if self.positions is None:
+                raise PackedFileError(f"a {pattern} sparse weight of shape {self.shape} has no positions")
+            positions = unpack_bits(self.positions.cpu(), pattern.position_bits, kept)
+            values = scatter_kept(values, positions, pattern, self.shape, grouping.contraction)
+        values = values.to(self.scale.device)
+        return Codes(values, self.scale, self.zero_point, self.offset, grid, grouping, self.dtype, pattern)
 
     def decode(self) -> Tensor:
         """Return the real weight."""
@@ -58,7 +74,9 @@ class PackedWeight(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """Return all that is not a tensor, as plain data."""
         grid, grouping = self.grid, self.grouping
+        sparse = {} if self.sparsity is None else {"sparsity": str(self.sparsity)}
         return {
+            **sparse,
             "shape": list(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
             "grid": [grid.bits, grid.lowest, grid.highest, grid.step],
@@ -69,6 +87,7 @@ class PackedWeight(nn.Module):
         """Undo ``get_extra_state``."""
         self.grid, self.grouping = Grid(*state["grid"]), Grouping(*state["grouping"])
         self.shape, self.dtype = tuple(state["shape"]), getattr(torch, state["dtype"])
+        self.sparsity = Sparsity.parse(state["sparsity"]) if "sparsity" in state else None
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the tensors as they come: their sizes are known only from the file."""

@@ -184,7 +184,8 @@ def describe(plan: TensorPlan | None, unit: str = " bit") -> str:
     one = "" if plan.granularity == "tensor" else f" {plan.granularity}"
     block = f" {plan.block}" if plan.block else ""
     affine = "" if plan.symmetric else " affine"
-    return f"{plan.bits}{unit} {plan.quantizer}{one}{block}{affine}"
+    sparse = f" {plan.sparsity}" if plan.sparsity else ""
+    return f"{plan.bits}{unit} {plan.quantizer}{one}{block}{affine}{sparse}"
 
 
 def _reason(module: nn.Module) -> str:

@@ -1,12 +1,15 @@
 """Quantizers: one a file. Each has values, a gradient path and integer codes."""
 
 from fewbits.quantizers.base import QUANTIZERS, Quantizer, make_quantizer, register_quantizer
+from fewbits.quantizers.baselines import BitNet, DynamicSTE, ParetoQ
 from fewbits.quantizers.codes import Codes, Grid
-from fewbits.quantizers.fake_quantize import recomputed
+from fewbits.quantizers.denoise import Denoise
+from fewbits.quantizers.dynamic import Dynamic
 from fewbits.quantizers.grouping import Grouping
+from fewbits.quantizers.recompute import recomputed
 from fewbits.quantizers.uniform import LSQ, LSQPlus, Uniform
 
 __all__ = [
-    "LSQ", "QUANTIZERS", "Codes", "Grid", "Grouping", "LSQPlus", "Quantizer", "Uniform", "make_quantizer",
-    "recomputed", "register_quantizer",
+    "LSQ", "QUANTIZERS", "BitNet", "Codes", "Denoise", "Dynamic", "DynamicSTE", "Grid", "Grouping", "LSQPlus",
+    "ParetoQ", "Quantizer", "Uniform", "make_quantizer", "recomputed", "register_quantizer",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from fewbits.errors import PlanError, QuantizationError, nearest
 from fewbits.plan import TensorPlan
 from fewbits.quantizers.codes import Codes
 from fewbits.quantizers.grouping import Grouping
+from fewbits.quantizers.sparsity import find_pruned
 
 QUANTIZERS: dict[str, type[Quantizer]] = {}
 
@@ -42,6 +43,8 @@ class Quantizer(nn.Module):
     lr_scale: float = 1.0
     dynamic: ClassVar[bool] = False  # True: statistics come from each tensor anew, so there is nothing to calibrate
 
+    has_offset: ClassVar[bool] = False  # True: where not symmetric, codes come with a real offset, not a zero point
+    can_prune: ClassVar[bool] = False  # True: follows ``plan.sparsity``
     def __init__(self, plan: TensorPlan, grouping: Grouping, groups: int) -> None:
         super().__init__()
         self.plan, self.grouping, self.groups = plan, grouping, groups
@@ -65,6 +68,11 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def reset(self) -> None:
+    def pruned(self, x: Tensor) -> Tensor | None:
+        """Return where the plan's sparsity makes x zero, bool of the shape of x; None where the plan is dense."""
+        pattern = self.plan.pattern
+        return None if pattern is None else find_pruned(x.detach(), pattern, self.grouping.contraction)
+
         """Forget the range, so that the next tensor sets it."""
         self.calibrated = 0
 
@@ -104,7 +112,8 @@ class Quantizer(nn.Module):
         """Show bits, symmetry and granularity in ``print(model)``."""
         kind = "symmetric" if self.plan.symmetric else "affine"
         block = f" {self.grouping.block}" if self.grouping.block else ""
-        return f"{self.bits} bit, {kind}, per {self.grouping.granularity}{block}"
+        sparse = f", {self.plan.sparsity} sparse" if self.plan.sparsity else ""
+        return f"{self.bits} bit, {kind}, per {self.grouping.granularity}{block}{sparse}"
 
 
 def make_quantizer(
@@ -128,8 +137,28 @@ def make_quantizer(
         raise PlanError(f"quantizer {plan.quantizer!r} is static: blocks of an activation need a dynamic one")
     grouping = Grouping(plan.granularity, axis, contraction, plan.block)
     one = plan.granularity == "tensor"
+    _check_sparsity(plan, cls, grouping, shape)
     groups = grouping.count(shape) if shape is not None else 1 if one else channels
     try:
         return cls(plan, grouping, groups, **plan.options)
     except TypeError as error:
         raise PlanError(f"quantizer {plan.quantizer!r} cannot take options {dict(plan.options)}: {error}") from error
+
+
+def _check_sparsity(plan: TensorPlan, cls: type[Quantizer], grouping: Grouping, shape: tuple[int, ...] | None) -> None:
+    """Raise PlanError where this quantizer or this tensor cannot have the plan's N:M pattern."""
+    pattern = plan.pattern
+    if pattern is None:
+        return
+    if not cls.can_prune:
+        raise PlanError(f"quantizer {plan.quantizer!r} has no sparse form: drop sparsity={plan.sparsity!r}")
+    if shape is None:
+        raise PlanError(f"sparsity={plan.sparsity!r} is for weights: a tensor of unknown shape has no fixed groups")
+    length = shape[grouping.contraction]
+    if length % pattern.of:
+        raise PlanError(
+            f"sparsity={plan.sparsity!r} needs a contraction axis of a multiple of {pattern.of}, got {length} (axis "
+            f"{grouping.contraction} of shape {shape}): leave this layer dense, or give it another pattern"
+        )
+    if plan.block is not None and plan.block < length and plan.block % pattern.of:
+        raise PlanError(f"block={plan.block} cuts groups of {pattern.of} weights: use a multiple of {pattern.of}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewbits.plan import Sparsity
 from fewbits.quantizers.grouping import Grouping
 
 
@@ -49,9 +50,11 @@ def make_grid(bits: int, *, symmetric: bool, narrow: bool = False, odd: bool = F
 class Codes:
     """A quantized tensor.
 
-    values: integers of the tensor's shape, each on the grid. scale, zero_point, offset: one value a row of the
-    grouping ([G]). ``decode`` is ``(values - zero_point) * scale + offset``, computed in float32 (float64 for
-    float64 tensors) and cast to dtype.
+    values: integers of the tensor's shape, each on the grid, or 0 where pruned. scale, zero_point, offset: one value a
+    row of the grouping ([G]). ``decode`` is ``(values - zero_point) * scale + offset``, computed in float32 (float64
+    for float64 tensors) and cast to dtype. sparsity: the N:M pattern along the contraction axis: no group of M has
+    more than N values other than 0, also on an odd grid, which has no 0 of its own. There is no zero point or offset
+    then.
     """
 
     values: Tensor
@@ -61,6 +64,7 @@ class Codes:
     grid: Grid
     grouping: Grouping
     dtype: torch.dtype
+    sparsity: Sparsity | None = None
 
     @property
     def bits(self) -> int:

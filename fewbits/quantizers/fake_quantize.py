@@ -9,8 +9,7 @@ tiles: pieces of one long row that stay in the cache from one operation to the n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,69 +17,75 @@ from torch import Tensor
 
 from fewbits.quantizers.codes import Grid, cast
 from fewbits.quantizers.ranges import on_host, quantize_rows
+from fewbits.quantizers.recompute import Recomputable, recall
 
-TILE = 1 << 16  # values: a tile of each operand fits into the second-level cache of a CPU core
+TILE = 1 << 17  # values: large enough to hide the cost of a call, small enough to stay in the cache of a CPU core
 EDGE = 1e-6  # of the range: rounding must not clip the very value that has set the range
 
 _clip_backward = torch.ops.aten.hardtanh_backward.grad_input  # grad where low < x < high, else 0
 
 
-class FakeQuantize(torch.autograd.Function):
-    """y = (round(x / s) clamped to the grid) * s, with gradients to x, s and the zero point.
+class FakeQuantize(Recomputable):
+    """y = (round(x / s) clamped to the grid) * s, or 0 where pruned, with gradients to x, s and the zero point.
 
-    Gradients: x by straight-through inside the clipping range (Bengio et al. 2013); s by LSQ (Esser et al. 2020,
-    eq. 3); the zero point by LSQ+ (Bhalgat et al. 2020, eq. 6), rounded to an integer in forward. ``factor``
-    scales the gradients of s and of the zero point (LSQ, section 2.2).
+    Gradients: x by straight-through inside the clipping range (Bengio et al. 2013), also where pruned; s by LSQ (Esser
+    et al. 2020, eq. 3); the zero point by LSQ+ (Bhalgat et al. 2020, eq. 6), rounded to an integer in forward.
+    ``factor`` scales the gradients of s and of the zero point (LSQ, section 2.2). ``reach``: how far, in steps, the
+    clipping range goes beyond the outermost codes.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, factor: float) -> Tensor:
-        """x [G, m]; scale and zero [G, 1] in float32 (float64 for a float64 x)."""
-        ctx.save_for_backward(x, scale, zero)
-        y = _values(torch.empty_like(x), x, scale, zero, grid)
-        ctx.grid, ctx.factor, ctx.strides, ctx.again = grid, factor, y.stride(), None
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        pruned: Tensor | None,
+        grid: Grid,
+        factor: float,
+        reach: float,
+    ) -> Tensor:
+        """x, pruned [G, m]; scale and zero [G, 1] in float32 (float64 for a float64 x)."""
+        ctx.save_for_backward(x, scale, zero, pruned)
+        y = _values(torch.empty_like(x), x, scale, zero, pruned, grid)
+        ctx.grid, ctx.factor, ctx.reach, ctx.strides, ctx.again = grid, factor, reach, y.stride(), None
         return y
 
     @staticmethod
-    def recompute(ctx: Any) -> Tensor:
-        """Return the output of forward once more; kept, with what was saved, until backward has used it."""
-        if ctx.again is None:
-            x, scale, zero = ctx.saved_tensors
-            y = torch.empty_strided(x.shape, ctx.strides, dtype=x.dtype, device=x.device)
-            ctx.again = (x, scale, zero), _values(y, x, scale, zero, ctx.grid), x._version
-        return ctx.again[1]  # type: ignore[no-any-return]
+    def compute(ctx: Any, *saved: Any) -> Tensor:
+        """Return the output of forward once more."""
+        y = torch.empty_strided(saved[0].shape, ctx.strides, dtype=saved[0].dtype, device=saved[0].device)
+        x, scale, zero, pruned = saved
+        return _values(y, x, scale, zero, pruned, ctx.grid)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, y, version = ctx.again or (None, None, None)
-        ctx.again = None
-        if saved is None or saved[0]._version != version:
-            saved, y = ctx.saved_tensors, None  # only here: inside a checkpoint it can be read just once
-        x, scale, zero = saved
+        (x, scale, zero, pruned), y = recall(ctx)
         wants_x, *wants = ctx.needs_input_grad[:3]
         if y is None:
             y = torch.empty_like(x)
             if wants[0]:
-                _values(y, x, scale, zero, ctx.grid)
-        grad_x, steps, clipped = _gradients(grad, x, y, scale, zero, ctx.grid, wants)
+                _values(y, x, scale, zero, pruned, ctx.grid)
+        x = x if pruned is None else x.masked_fill(pruned, 0.0)
+        edge = EDGE * (ctx.grid.highest - ctx.grid.lowest) + ctx.reach
+        grad_x, steps, clipped = _gradients(grad, x, y, scale, zero, ctx.grid, edge, wants)
         return (
             grad_x if wants_x else None,
             None if steps is None else steps * (ctx.factor / scale),
             None if clipped is None else clipped * (scale * -ctx.factor),
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
-def _values(y: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
+def _values(y: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, pruned: Tensor | None, grid: Grid) -> Tensor:
     """Write the fake-quantized x to y, and return it."""
     for y_, x_ in zip(_tiles(y), _tiles(x)):
         if y.dtype == scale.dtype:
             quantize_rows(x_, scale, zero, grid, out=y_).mul_(scale)
         else:
             y_.copy_(cast(quantize_rows(x_, scale, zero, grid).mul_(scale), y.dtype))
-    return y
+    return y if pruned is None else y.masked_fill_(pruned, 0.0)
 
 
 def _tiles(rows: Tensor) -> Sequence[Tensor]:
@@ -91,12 +96,18 @@ def _tiles(rows: Tensor) -> Sequence[Tensor]:
 
 
 def _gradients(
-    grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, wants: Sequence[bool]
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    grid: Grid,
+    edge: float,
+    wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the gradient of x, in the memory of y, and as wanted s dL/ds and the sum of what was clipped, [G, 1]."""
     dtype = y.dtype
     grad, x, y = (t.to(scale.dtype) for t in (grad, x, y))  # half precision is too coarse for sums
-    edge = EDGE * (grid.highest - grid.lowest) + (grid.step == 2)  # an odd grid reaches half a step further
     low, high = grid.lowest - edge, grid.highest + edge
     if on_host(scale):  # one row: move the bounds, which is cheaper than dividing x
         shift, step = 0.0 if zero is None else zero.item(), scale.item()
@@ -130,29 +141,3 @@ def _row_gradients(
 def _is_sign(grid: Grid) -> bool:
     """Tell whether y = s * sign(x), whose derivative to s is sign(x) and has no term in x / s."""
     return grid.bits == 1 and grid.step == 2
-
-
-@contextmanager
-def recomputed(*tensors: Tensor | None) -> Iterator[None]:
-    """Inside, operations that would save one of these quantized tensors for backward save how to recompute it.
-
-    Tensors that carry no ``recompute`` node (they do not come from ``FakeQuantize``) are saved as usual.
-    """
-    known = [t for t in tensors if t is not None and hasattr(t, "recompute")]
-    if not known or torch.compiler.is_compiling():
-        yield
-        return
-    nodes = {t.untyped_storage().data_ptr(): t.recompute for t in known}
-
-    def pack(t: Tensor) -> Any:
-        node = nodes.get(t.untyped_storage().data_ptr())
-        return t if node is None else (node, t.shape, t.stride(), t.storage_offset())
-
-    def unpack(saved: Any) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        node, *view = saved
-        return FakeQuantize.recompute(node).as_strided(*view)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield

@@ -15,6 +15,8 @@ from fewbits.quantizers.codes import Codes, make_grid
 from fewbits.quantizers.fake_quantize import FakeQuantize
 from fewbits.quantizers.grouping import Grouping
 from fewbits.quantizers.ranges import TINY, find_range, from_bounds, largest_scale, quantize_rows
+from fewbits.quantizers.recompute import remember
+from fewbits.quantizers.sparsity import kept_values
 
 
 @register_quantizer("ste")
@@ -27,6 +29,7 @@ class Uniform(Quantizer):
 
     learns_scale = False
     learns_zero_point = False
+    can_prune = True
     scale: Tensor
     zero_point: Tensor | None
 
@@ -73,6 +76,8 @@ class Uniform(Quantizer):
         if not x.numel():
             return
         parts = self.grouping.rows(x)
+        if (pruned := self.pruned(x)) is not None:
+            parts = [kept_values(p, mask) for p, mask in zip(parts, self.grouping.rows(pruned))]
         found = [
             find_range(p, self.grid, symmetric=self.plan.symmetric, method=self.plan.range, percentile=self.percentile)
             for p in parts
@@ -139,16 +144,28 @@ class Uniform(Quantizer):
         parts = self.grouping.rows(x)
         scales = self.grouping.split(scale, parts)
         zeros = [None] * len(parts) if zero is None else self.grouping.split(zero, parts)
-        factor = (x.numel() / self.groups * self.grid.highest) ** -0.5
-        rows = [FakeQuantize.apply(p, s, z, self.grid, factor) for p, s, z in zip(parts, scales, zeros)]
+        factor, reach = self.gradient_factor(x), self.reach
+        rows = [
+            FakeQuantize.apply(p, s, z, mask, self.grid, factor, reach)
+            for p, s, z, mask in zip(parts, scales, zeros, self._pruned_rows(x, parts))
+        ]
         y = self.grouping.merge(rows, x.shape)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return y
-        node = rows[0].grad_fn
-        if node is not None and y.data_ptr() == rows[0].data_ptr():
-            node.metadata["numel"] = y.numel()
-            y.recompute = node  # type: ignore[attr-defined]
+        if len(rows) == 1 and not torch.compiler.is_compiling() and y.data_ptr() == rows[0].data_ptr():
+            remember(y, FakeQuantize, rows[0].grad_fn)
         return y
+
+    @property
+    def reach(self) -> float:
+        """How far, in steps of the scale, gradient passes beyond the outermost codes: an odd grid rounds from there."""
+        return 1.0 if self.grid.step == 2 else 0.0
+
+    def gradient_factor(self, x: Tensor) -> float:
+        """Return what scales the gradients of our parameters: 1 / sqrt(values a scale * Q_p), LSQ section 2.2."""
+        return float((x.numel() / self.groups * self.grid.highest) ** -0.5)
+
+    def _pruned_rows(self, x: Tensor, parts: list[Tensor]) -> list[Any]:
+        pruned = self.pruned(x)
+        return [None] * len(parts) if pruned is None else self.grouping.rows(pruned)
 
     def encode(self, x: Tensor) -> Codes:
         """Return the integer codes of x. Raises QuantizationError on NaN or Inf, or before calibration."""
@@ -164,7 +181,10 @@ class Uniform(Quantizer):
                 for p, s, z in zip(parts, scales, zeros)
             ]
             merged = self.grouping.merge(values, x.shape)
-        return Codes(merged, scale.detach(), _integers(zero), None, self.grid, self.grouping, x.dtype)
+            if (pruned := self.pruned(x)) is not None:
+                merged = merged.masked_fill(pruned, 0)
+        pattern = self.plan.pattern
+        return Codes(merged, scale.detach(), _integers(zero), None, self.grid, self.grouping, x.dtype, pattern)
 
 
 def _integers(zero: Tensor | None) -> Tensor | None:

@@ -1,0 +1,205 @@
+"""Dynamic quantizers: the statistics of each tensor anew, so there is nothing to calibrate and nothing to store.
+
+One of them is a ``Rule``, pure functions of rows: how rows become codes with a scale and an offset, and what gradient
+comes back. Everything else (granularity, dtypes, recomputation in backward, codes for packing) is here, once. Forward
+is exactly ``values * scale + offset``, which is what ``Codes.decode`` computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewbits.plan import TensorPlan
+from fewbits.quantizers.base import Quantizer
+from fewbits.quantizers.codes import Codes, Grid, cast
+from fewbits.quantizers.fake_quantize import TILE
+from fewbits.quantizers.grouping import Grouping
+from fewbits.quantizers.ranges import TINY, largest_scale
+from fewbits.quantizers.recompute import Recomputable, recall, remember
+
+HUGE = torch.finfo(torch.float32).max / 1.01  # finite also when rounded to bfloat16
+
+
+class Fit(NamedTuple):
+    """values [G, m]: codes as floats, in memory of their own. scale, offset: [G, 1]; no offset on symmetric grids."""
+
+    values: Tensor
+    scale: Tensor
+    offset: Tensor | None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How rows are quantized. Rows x, grad, pruned: [G, m], in float32 (float64 for float64 tensors)."""
+
+    grid: Grid
+
+    def fit(self, x: Tensor, pruned: Tensor | None) -> Fit:
+        """Return the codes of x and what decodes them; never writes to x."""
+        raise NotImplementedError
+
+    def vjp(self, grad: Tensor, x: Tensor, pruned: Tensor | None) -> Tensor:
+        """Return the gradient of x, given that of the fake-quantized x. Straight-through unless a rule says more."""
+        return grad
+
+    @property
+    def straight_through(self) -> bool:
+        """Tell whether ``vjp`` returns the gradient as it came."""
+        return True
+
+
+class DynamicQuantize(Recomputable):
+    """y = values * scale + offset by a rule, with the rule's gradient. Saves only x (and where x is pruned)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pruned: Tensor | None, rule: Rule, grouping: Grouping) -> Tensor:
+        """x, pruned of any shape; returns the shape and dtype of x."""
+        ctx.save_for_backward(x, pruned)
+        y = _values(x, pruned, rule, grouping)
+        ctx.rule, ctx.grouping, ctx.strides, ctx.again = rule, grouping, y.stride(), None
+        return y
+
+    @staticmethod
+    def compute(ctx: Any, *saved: Any) -> Tensor:
+        """Return the output of forward once more."""
+        x, pruned = saved
+        y = _values(x, pruned, ctx.rule, ctx.grouping)
+        if y.stride() == ctx.strides:
+            return y
+        return torch.empty_strided(y.shape, ctx.strides, dtype=y.dtype, device=y.device).copy_(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, pruned), _ = recall(ctx)
+        if not ctx.rule.straight_through:
+            rows = zip(*_rows(ctx.grouping, grad, x, pruned))
+            grad = ctx.grouping.merge([_vjp(ctx.rule, u, p, mask) for u, p, mask in rows], x.shape)
+        return grad, None, None, None
+
+
+def _rows(grouping: Grouping, *tensors: Tensor | None) -> list[list[Any]]:
+    """Return the rows of each tensor; of None, a None for each part."""
+    rows = [None if t is None else grouping.rows(t) for t in tensors]
+    count = max(len(r) for r in rows if r is not None)
+    return [[None] * count if r is None else list(r) for r in rows]
+
+
+def _values(x: Tensor, pruned: Tensor | None, rule: Rule, grouping: Grouping) -> Tensor:
+    parts = [_fake_quantize(rule, p, mask) for p, mask in zip(*_rows(grouping, x, pruned))]
+    return grouping.merge(parts, x.shape)
+
+
+def _fake_quantize(rule: Rule, x: Tensor, pruned: Tensor | None) -> Tensor:
+    """Return rows fake-quantized, in the dtype of x."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for y_, x_, pruned_ in _tiles(y, x, pruned):
+        values, scale, offset = rule.fit(_wide(x_), pruned_)
+        values = values.mul_(scale)
+        y_.copy_(cast(values if offset is None else values.add_(offset), x.dtype))
+    return y
+
+
+def _vjp(rule: Rule, grad: Tensor, x: Tensor, pruned: Tensor | None) -> Tensor:
+    """Return the gradient of rows x, in their dtype."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for out_, grad_, x_, pruned_ in _tiles(out, grad, x, pruned):
+        out_.copy_(rule.vjp(_wide(grad_), _wide(x_), pruned_))
+    return out
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return x in the dtype of statistics: float32, or float64 if it is that already."""
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def _tiles(first: Tensor, *rest: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Yield pieces of whole rows that stay in the cache of a CPU core; elsewhere everything at once."""
+    size = len(first)
+    if first.device.type == "cpu" and not torch.compiler.is_compiling():
+        size = min(size, max(1, TILE // first.shape[1]))
+    for start in range(0, len(first), size):
+        yield tuple(None if t is None else t[start : start + size] for t in (first, *rest))
+
+
+class Dynamic(Quantizer):
+    """Base of the dynamic quantizers: a subclass builds its ``rule``."""
+
+    dynamic = True
+    has_offset = True
+    can_prune = True
+
+    def __init__(self, plan: TensorPlan, grouping: Grouping, groups: int, rule: Rule) -> None:
+        super().__init__(plan, grouping, groups)
+        self.rule = rule
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of the codes."""
+        return self.rule.grid
+
+    def calibrate(self, x: Tensor) -> None:
+        """Check that x is finite; there is no range to keep. Raises QuantizationError on NaN or Inf."""
+        self.require_finite(x)
+        self.calibrated += 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x fake-quantized, same shape and dtype, with the rule's gradient to x."""
+        if not x.numel():
+            return x
+        y: Tensor = DynamicQuantize.apply(x, self.pruned(x), self.rule, self.grouping)
+        remember(y, DynamicQuantize, y.grad_fn)
+        return y
+
+    def encode(self, x: Tensor) -> Codes:
+        """Return the integer codes of x. Raises QuantizationError on NaN or Inf."""
+        self.require_finite(x)
+        with torch.no_grad():
+            fits = [self.rule.fit(_wide(p), mask) for p, mask in zip(*_rows(self.grouping, x, self.pruned(x)))]
+            values = self.grouping.merge([fit.values.to(torch.int32) for fit in fits], x.shape)
+            scale = torch.cat([fit.scale[:, 0] for fit in fits])
+            offsets = [fit.offset[:, 0] for fit in fits if fit.offset is not None]
+        offset = torch.cat(offsets) if offsets else None
+        return Codes(values, scale, None, offset, self.grid, self.grouping, x.dtype, self.plan.pattern)
+
+
+def spread(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (f, step, low): x as f * step + low with f [G, m] in 0..highest; min and max of a row are its ends.
+
+    Denoising's and STE's affine f = (x - b) / s. A row of equal values has f = 0. Rows that span more than the largest
+    float saturate.
+    """
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    step = (high / grid.highest - low / grid.highest).clamp_(TINY, largest_scale(grid))
+    return (x - low).div_(step).clamp_(0.0, grid.highest), step, low
+
+
+def to_grid(f: Tensor, grid: Grid) -> Tensor:
+    """Return f rounded to the symmetric grid, in memory of its own; on a grid without a zero, 0 goes to +1."""
+    if grid.bits == 1:
+        return torch.where(f < 0, -1.0, 1.0).to(f.dtype)
+    if grid.step == 2:
+        return f.sub(1.0).div_(2.0).round_().mul_(2.0).add_(1.0).clamp_(grid.lowest, grid.highest)
+    return f.round().clamp_(grid.lowest, grid.highest)
+
+
+def largest(x: Tensor) -> Tensor:
+    """Return max|x| of each row, [G, 1], at least TINY."""
+    return torch.maximum(-x.amin(1, keepdim=True), x.amax(1, keepdim=True)).clamp_(min=TINY)
+
+
+def mean_magnitude(x: Tensor) -> Tensor:
+    """Return mean|x| of each row, [G, 1], at least TINY."""
+    return x.abs().div_(x.shape[1]).sum(1, keepdim=True).clamp_(TINY, HUGE)
+
+
+def bounded(scale: Tensor, offset: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return scale and offset of 0..highest held to where every product and every sum is a finite number; scale > 0."""
+    top = largest_scale(grid)
+    offset = offset.clamp(-top * grid.highest, top * grid.highest)
+    return torch.minimum(scale.clamp(max=top), top - offset / grid.highest).clamp_(min=TINY), offset

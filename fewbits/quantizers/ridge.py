@@ -1,0 +1,174 @@
+"""Ridge dequantization, the maths of the denoising quantizer ("Robust Training of Neural Networks at Arbitrary
+Precision and Sparsity", arXiv 2409.09245).
+
+Rows x [G, N] become codes q = f + d with f = (x - b_f) / s_f (affine) or x / s_f (linear) and the rounding error d, a
+constant of the graph. The dequantizer is the ridge regression of x on q, in closed form (our algebra from the paper's
+objective ``min 1/(2N) |s_g q + b_g - x|^2 + lam/2 s_g^2``):
+
+    affine   y = a (q - mean q) + mean x,   a = Cov(x, q) / (Var q + lam)
+    linear   y = a q,                       a = mean(q x) / (mean q^2 + lam)
+
+Means are over the row (1/N). a and the means depend on q and stay in the graph, so the gradient sees the error.
+``denoise`` says this in plain autograd and is what tests hold ``Ridge`` against; ``Ridge`` has the gradient in closed
+form and saves nothing but x. It computes in steps of the grid, x = b_f + s_f f, so that tiny and huge values are alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.linalg import vecdot
+
+from fewbits.quantizers.codes import Grid
+from fewbits.quantizers.dynamic import Fit, Rule, bounded, largest, mean_magnitude, spread, to_grid
+from fewbits.quantizers.ranges import TINY, largest_scale
+
+
+def denoise(
+    x: Tensor,
+    grid: Grid,
+    lam: float,
+    *,
+    pruned: Tensor | None = None,
+    absmean: bool = False,
+    detach_range: bool = False,
+    detach_slope: bool = False,
+) -> Tensor:
+    """Return rows x [G, N] through quantizer and ridge dequantizer, on plain autograd.
+
+    A grid of 0..highest is affine, others are linear. pruned [G, N] (linear only): zero before the quantizer, an error
+    that is detached like d; the target of the regression stays the dense x.
+    """
+    if grid.lowest == 0:
+        low, high = x.min(1, keepdim=True).values, x.max(1, keepdim=True).values
+        step = ((high - low) / grid.highest).clamp(min=TINY)
+        low, step = (low.detach(), step.detach()) if detach_range else (low, step)
+        f = (x - low) / step
+        q = f + (f.round().clamp(0, grid.highest) - f).detach()
+        centered, target = q - q.mean(1, keepdim=True), x - x.mean(1, keepdim=True)
+        a = (centered * target).mean(1, keepdim=True) / (centered.square().mean(1, keepdim=True) + lam)
+        return (a.detach() if detach_slope else a) * centered + x.mean(1, keepdim=True)
+    xs = x if pruned is None else x + (x.masked_fill(pruned, 0.0) - x).detach()
+    size = xs.abs()
+    step = (size.mean(1, keepdim=True) if absmean else size.max(1, keepdim=True).values) / grid.highest
+    step = step.clamp(min=TINY)
+    f = xs / (step.detach() if detach_range else step)
+    codes = to_grid(f.detach(), grid)
+    q = f + (codes if pruned is None else codes.masked_fill(pruned, 0.0)) - f.detach()
+    a = (q * x).mean(1, keepdim=True) / (q.square().mean(1, keepdim=True) + lam)
+    return (a.detach() if detach_slope else a) * q
+
+
+class Moments(NamedTuple):
+    """Of rows, in steps of the grid: f and q [G, N], centered where affine (mean_f and mean_q [G, 1] are their means);
+    step and low with x = low + step * f; slope = a / step; variance + lam of q."""
+
+    f: Tensor
+    q: Tensor
+    mean_f: Tensor | None
+    mean_q: Tensor | None
+    step: Tensor
+    low: Tensor | None
+    slope: Tensor
+    spread: Tensor
+
+
+@dataclass(frozen=True)
+class Ridge(Rule):
+    """Codes by f, ridge dequantizer, and the vector-Jacobian product in closed form.
+
+    gradient: "denoise" (everything), "gain" (the slope a is detached) or "ste" (identity on the same forward).
+    """
+
+    lam: float = 0.01
+    absmean: bool = False
+    detach_range: bool = False
+    gradient: str = "denoise"
+
+    @property
+    def affine(self) -> bool:
+        """Tell whether there is an offset: codes 0..highest."""
+        return self.grid.lowest == 0
+
+    @property
+    def straight_through(self) -> bool:
+        """Tell whether ``vjp`` returns the gradient as it came."""
+        return self.gradient == "ste"
+
+    def fit(self, x: Tensor, pruned: Tensor | None) -> Fit:
+        """Return codes, slope a and offset mean(x) - a mean(q)."""
+        m = self.moments(x, pruned)
+        scale = m.step * m.slope
+        if m.low is None:
+            return Fit(m.q, scale.clamp_(TINY, largest_scale(self.grid)), None)
+        assert m.mean_f is not None and m.mean_q is not None
+        offset = m.low + m.step * (m.mean_f - m.slope * m.mean_q)
+        return Fit(m.f.round_(), *bounded(scale, offset, self.grid))
+
+    def moments(self, x: Tensor, pruned: Tensor | None) -> Moments:
+        """Return the statistics of rows x: means first, then centered second moments. In the affine case f is as it is,
+        in memory of its own, and q is centered; in the linear case q holds the codes, and f is the dense x in steps.
+        """
+        n = x.shape[1]
+        low = mean_f = mean_q = None
+        if self.affine:
+            f, step, low = spread(x, self.grid)
+            q = f.round()
+            mean_f, mean_q = f.mean(1, keepdim=True), q.mean(1, keepdim=True)
+            q.sub_(mean_q)
+        else:
+            step = self.linear_step(x, pruned)
+            f = x / step
+            q = to_grid(f, self.grid)
+            q = q if pruned is None else q.masked_fill_(pruned, 0.0)
+        total = (vecdot(q, q) / n + self.lam)[:, None]
+        return Moments(f, q, mean_f, mean_q, step, low, (vecdot(q, f) / n)[:, None] / total, total)
+
+    def linear_step(self, x: Tensor, pruned: Tensor | None) -> Tensor:
+        """Return s_f of the linear mode, [G, 1]: max|x| / M, or mean|x| / M of what is not pruned and zeros else."""
+        if not self.absmean:
+            return (largest(x) / self.grid.highest).clamp_(min=TINY)  # the largest is never pruned
+        return mean_magnitude(x if pruned is None else x.masked_fill(pruned, 0.0))
+
+    def vjp(self, grad: Tensor, x: Tensor, pruned: Tensor | None) -> Tensor:
+        """Return v = J^T u, with d and the pruning error held constant (our derivation).
+
+        v = mean u + c (u - mean u) + kappa (f~ + (1 - 2 c) q~) with c = a / s_f and kappa = mean(u q~) / (Var q + lam),
+        where ~ is centered; in the linear case nothing is, and mean u is 0. To it comes dL/ds_f times the derivative of
+        the range, unless that is detached.
+        """
+        m, u, n = self.moments(x, pruned), grad, x.shape[1]
+        f, q, c = m.f, m.q, m.slope
+        kappa = (vecdot(u, q) / n)[:, None] / m.spread
+        if self.gradient == "gain":
+            kappa = torch.zeros_like(kappa)
+        mean_u = u.mean(1, keepdim=True) if self.affine else None
+        if m.mean_f is not None:
+            f.sub_(m.mean_f)
+        slope_s = None if self.detach_range else self._step_gradient(u, m, kappa, pruned)
+        v = f.mul(kappa).addcmul_(q, kappa * (1 - 2 * c)).addcmul_(u, c)
+        if mean_u is not None:
+            v.add_(mean_u * (1 - c))
+        return v if slope_s is None else self._add_range(v, x, pruned, slope_s)
+
+    def _step_gradient(self, u: Tensor, m: Moments, kappa: Tensor, pruned: Tensor | None) -> Tensor:
+        """Return dL/ds_f [G, 1] = -sum f (c u + kappa (f - 2 c q)), f and q centered where affine."""
+        f = m.f if pruned is None else m.f.masked_fill(pruned, 0.0)
+        uf, ff, qf = (vecdot(t, f)[:, None] for t in (u, f, m.q))
+        gradient = -(m.slope * uf + kappa * (ff - 2 * m.slope * qf))
+        return torch.where(m.step > TINY, gradient, 0.0)  # at TINY the step is a constant
+
+    def _add_range(self, v: Tensor, x: Tensor, pruned: Tensor | None, gradient: Tensor) -> Tensor:
+        """Add dL/ds_f ds_f/dx to v, in place."""
+        share = gradient / self.grid.highest
+        if self.affine:
+            v.scatter_add_(1, x.argmax(1, keepdim=True), share)
+            return v.scatter_add_(1, x.argmin(1, keepdim=True), -share)
+        if self.absmean:
+            signs = x.sign() if pruned is None else x.sign().masked_fill_(pruned, 0.0)
+            return v.addcmul_(signs, share / x.shape[1])
+        at = x.abs().argmax(1, keepdim=True)
+        return v.scatter_add_(1, at, share * x.gather(1, at).sign())
