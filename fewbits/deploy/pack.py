@@ -9,8 +9,8 @@ from torch import nn
 
 from fewbits.deploy.fold import fold_batch_norms
 from fewbits.deploy.packed import PackedLayer, PackedWeight, pack_layer
-from fewbits.errors import PlanError, QuantizationError
-from fewbits.layers import QuantizedLayer, quantized_layers
+from fewbits.errors import PlanError
+from fewbits.layers import QuantizedLayer, Watch, quantized_layers
 
 
 def pack(model: nn.Module, example: Any = None) -> nn.Module:
@@ -18,19 +18,24 @@ def pack(model: nn.Module, example: Any = None) -> nn.Module:
 
     Without an example, ``packed(x)`` equals ``model.eval()(x)`` bit for bit. With an example batch, batch norms
     that follow a packed layer are folded into its scales and bias, which is equal to float32 rounding.
-    Raises PlanError if nothing is quantized, and QuantizationError, naming the layer, for weights that are not finite.
+    Raises PlanError if nothing is quantized, and QuantizationError, naming the layer, for weights that are not finite,
+    or where the example (as ``calibrate`` before it) shows that a planned weight is read without calling its layer.
     """
     if not quantized_layers(model):
         raise PlanError("nothing in this model is quantized: call fewbits.quantize(model, plan) before pack")
     packed = copy.deepcopy(model).eval().requires_grad_(False)
     shared: dict[nn.Parameter, PackedWeight] = {}  # tied weights are packed once
-    for name, layer in quantized_layers(packed).items():
+    for layer in quantized_layers(packed).values():
         if layer.weight_quantizer is not None:
             weight = getattr(layer, layer.weight_name)
             if weight not in shared:
-                shared[weight] = _encode(name, layer)
+                shared[weight] = _encode(layer)
             pack_layer(layer, shared[weight])
-    packed.folded = fold_batch_norms(packed, example) if example is not None else {}  # type: ignore[assignment]
+    packed.folded = {}  # type: ignore[assignment]
+    if example is not None:
+        with Watch(quantized_layers(packed)) as watch:
+            packed.folded = fold_batch_norms(packed, example)  # type: ignore[assignment]
+        watch.refuse_reads()
     return packed
 
 
@@ -45,13 +50,10 @@ def code_mismatches(model: nn.Module, packed: nn.Module) -> int:
     return count
 
 
-def _encode(name: str, layer: QuantizedLayer) -> PackedWeight:
+def _encode(layer: QuantizedLayer) -> PackedWeight:
     quantizer = layer.weight_quantizer
     assert quantizer is not None
     weight = getattr(layer, layer.weight_name).detach()
-    try:
-        if not quantizer.calibrated:
-            quantizer.calibrate(weight)
-        return PackedWeight(quantizer.encode(weight))
-    except QuantizationError as error:
-        raise QuantizationError(f"weight of layer {name!r}: {error}") from error
+    if not quantizer.calibrated:
+        quantizer.calibrate(weight)
+    return PackedWeight(quantizer.encode(weight))

@@ -1,10 +1,9 @@
 """Quantized twins of layers, and swapping them in and out."""
 
 from fewbits.layers import attention, twins
-from fewbits.layers.base import QuantizedLayer, quantizes, twin_class
+from fewbits.layers.base import QuantizedLayer, activation_quantizers, quantizes, twin_class
 from fewbits.layers.intercept import register_attention, wrap_owners
 from fewbits.layers.swap import (
-    activation_quantizers,
     calibrate,
     call,
     dequantize,
@@ -18,9 +17,10 @@ from fewbits.layers.swap import (
     report_layers,
     set_mode,
 )  # fmt: skip
+from fewbits.layers.watch import Watch
 
 __all__ = [
-    "QuantizedLayer", "activation_quantizers", "attention", "calibrate", "call", "dequantize", "describe",
+    "QuantizedLayer", "Watch", "activation_quantizers", "attention", "calibrate", "call", "dequantize", "describe",
     "float_class", "in_eval", "print_table", "quantizable", "quantize", "quantized_layers", "quantizes",
     "register_attention", "report_layers", "set_mode", "twin_class", "twins", "wrap_owners",
 ]  # fmt: skip

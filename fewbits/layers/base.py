@@ -143,6 +143,12 @@ class QuantizedLayer(nn.Module):
         return _rebuild, (self.float_class,), self.__dict__
 
 
+def activation_quantizers(layer: QuantizedLayer) -> list[Quantizer]:
+    """Return the quantizers of a layer that see activations."""
+    own = [m for m in layer.children() if isinstance(m, Quantizer)]
+    return [q for q in own if q is not layer.weight_quantizer]
+
+
 def twin_class(float_class: type[nn.Module]) -> type[QuantizedLayer] | None:
     """Return the twin of a layer class, or None if it has none.
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import PlanError, QuantizationError, nearest
-from fewbits.layers.base import QuantizedLayer, twin_class
+from fewbits.layers.base import QuantizedLayer, activation_quantizers, twin_class
 from fewbits.layers.intercept import wrap_owners
+from fewbits.layers.watch import Watch
 from fewbits.plan import LayerPlan, Plan, TensorPlan
 from fewbits.quantizers import Quantizer
 
@@ -101,7 +102,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """Set the range of every input quantizer from batches of model inputs; the layers run in float meanwhile.
 
     A batch is a tensor, or a tuple or dict of arguments of ``model``. Raises QuantizationError if there are no
-    batches, or, naming the layer, if an activation is not finite; warns of layers that no batch reached.
+    batches, or, naming the layer, if an activation is not finite or if the weight of a layer is read without calling
+    the layer; warns of layers that no batch reached.
     """
     layers, batches = quantized_layers(model), iter(batches)
     first = next(batches, None)
@@ -110,10 +112,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     for layer in layers.values():
         for quantizer in activation_quantizers(layer):
             quantizer.reset()
-    with in_eval(model), set_mode(model, "observe"), _watched(layers) as reached, torch.no_grad():
+    with in_eval(model), set_mode(model, "observe"), Watch(layers) as watch, torch.no_grad():
         for batch in itertools.chain([first], batches):
             call(model, batch)
-    _warn_unreached(layers, reached)
+    watch.refuse_reads()
+    watch.warn_unreached(stacklevel=2)
     return model
 
 
@@ -138,12 +141,6 @@ def set_mode(model: nn.Module, mode: str) -> Iterator[None]:
     finally:
         for layer, old in zip(layers, before):
             layer.mode = old
-
-
-def activation_quantizers(layer: QuantizedLayer) -> list[Quantizer]:
-    """Return the quantizers of a layer that see activations."""
-    own = [m for m in layer.children() if isinstance(m, Quantizer)]
-    return [q for q in own if q is not layer.weight_quantizer]
 
 
 def report_layers(model: nn.Module) -> list[LayerReport]:
@@ -267,9 +264,10 @@ def _swap_in(name: str, layer: nn.Module, plan: LayerPlan, weight_quantizer: Qua
         layer.attach(plan, weight_quantizer)  # type: ignore[operator]
     except (PlanError, QuantizationError) as error:
         raise type(error)(f"layer {name!r}: {error}") from error
-    for child in layer.children():
+    for role, child in layer.named_children():
         if isinstance(child, Quantizer):
             child.train(layer.training)
+            child.label = child.label or f"{role.removesuffix('_quantizer')} of layer {name!r}: "
 
 
 def _swap_out(layer: QuantizedLayer) -> None:
@@ -305,46 +303,3 @@ def in_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
-
-
-@contextlib.contextmanager
-def _watched(layers: dict[str, QuantizedLayer]) -> Iterator[set[str]]:
-    """Collect the names of the layers that are called, and put the layer's name into errors of its quantizers."""
-    current: list[str] = []
-    reached: set[str] = set()
-
-    def enter(name: str) -> None:
-        current.append(name)
-        reached.add(name)
-
-    handles = [layer.register_forward_pre_hook(lambda *_, name=name: enter(name)) for name, layer in layers.items()] + [
-        layer.register_forward_hook(lambda *_: _drop(current)) for layer in layers.values()
-    ]
-    try:
-        yield reached
-    except QuantizationError as error:
-        raise QuantizationError(f"layer {current[-1]!r}: {error}" if current else str(error)) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _drop(stack: list[str]) -> None:
-    stack.pop()
-
-
-def _warn_unreached(layers: dict[str, QuantizedLayer], reached: set[str]) -> None:
-    unreached = [
-        name
-        for name, layer in layers.items()
-        if (name not in reached and layer.layer_plan != LayerPlan())
-        or any(not q.calibrated for q in activation_quantizers(layer))
-    ]
-    if unreached:
-        import warnings
-
-        warnings.warn(
-            f"no calibration batch reached the input of {len(unreached)} layers: {unreached[:6]}; they are not used, "
-            "or their owner reads the weight without calling them, which stays in float: leave these out of the plan",
-            stacklevel=3,
-        )

@@ -41,10 +41,11 @@ class Quantizer(nn.Module):
 
     is_quantizer: ClassVar[bool] = True  # trainers put our parameters in a group without weight decay
     lr_scale: float = 1.0
+    label: str = ""  # whose we are, for errors: "input of layer 'conv1': "
     dynamic: ClassVar[bool] = False  # True: statistics come from each tensor anew, so there is nothing to calibrate
-
     has_offset: ClassVar[bool] = False  # True: where not symmetric, codes come with a real offset, not a zero point
     can_prune: ClassVar[bool] = False  # True: follows ``plan.sparsity``
+
     def __init__(self, plan: TensorPlan, grouping: Grouping, groups: int) -> None:
         super().__init__()
         self.plan, self.grouping, self.groups = plan, grouping, groups
@@ -54,6 +55,11 @@ class Quantizer(nn.Module):
     def bits(self) -> int:
         """Width of a code in bits."""
         return self.plan.bits
+
+    @classmethod
+    def weight_options(cls, bits: int) -> dict[str, Any]:
+        """Return the options that suit a weight of this width best; allocations put them into their plans."""
+        return {}
 
     def calibrate(self, x: Tensor) -> None:
         """Take the range from x; a further call widens or averages it. Raises QuantizationError on NaN or Inf."""
@@ -67,12 +73,12 @@ class Quantizer(nn.Module):
         """Return the integer codes of x. Raises QuantizationError on NaN or Inf."""
         raise NotImplementedError
 
-    def reset(self) -> None:
     def pruned(self, x: Tensor) -> Tensor | None:
         """Return where the plan's sparsity makes x zero, bool of the shape of x; None where the plan is dense."""
         pattern = self.plan.pattern
         return None if pattern is None else find_pruned(x.detach(), pattern, self.grouping.contraction)
 
+    def reset(self) -> None:
         """Forget the range, so that the next tensor sets it."""
         self.calibrated = 0
 
@@ -82,7 +88,7 @@ class Quantizer(nn.Module):
         if not bool(finite.all()):
             bad = int((~finite).sum())
             raise QuantizationError(
-                f"{bad} of {x.numel()} values are NaN or Inf (shape {tuple(x.shape)}); "
+                f"{self.label}{bad} of {x.numel()} values are NaN or Inf (shape {tuple(x.shape)}); "
                 "a code cannot stand for them: look for the layer or the sample where they first appear"
             )
 
@@ -90,7 +96,7 @@ class Quantizer(nn.Module):
         """Raise QuantizationError if no tensor has set the range yet."""
         if not self.calibrated and not self.dynamic:
             raise QuantizationError(
-                "this quantizer has no range yet: run fewbits.calibrate(model, batches), or train a step, first"
+                f"{self.label}this quantizer has no range yet: run fewbits.calibrate(model, batches), or train a step, first"
             )
 
     def get_extra_state(self) -> dict[str, int]:
@@ -136,8 +142,8 @@ def make_quantizer(
     if shape is None and plan.granularity == "block" and not cls.dynamic:
         raise PlanError(f"quantizer {plan.quantizer!r} is static: blocks of an activation need a dynamic one")
     grouping = Grouping(plan.granularity, axis, contraction, plan.block)
-    one = plan.granularity == "tensor"
     _check_sparsity(plan, cls, grouping, shape)
+    one = plan.granularity == "tensor"
     groups = grouping.count(shape) if shape is not None else 1 if one else channels
     try:
         return cls(plan, grouping, groups, **plan.options)

@@ -436,19 +436,3 @@ def test_the_model_itself_may_be_the_layer() -> None:
     assert quantize(layer, Plan((("", W4A8),)), verbose=False) is layer
     assert not torch.equal(calibrate(layer, [x])(x), want)
     assert torch.equal(dequantize(layer)(x), want)
-
-
-def test_calibrate_warns_of_a_layer_whose_weight_is_read_without_a_call() -> None:
-    class Reader(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.head = nn.Embedding(4, 8), nn.Linear(8, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(x + self.table.weight.mean(0))
-
-    model = Reader()
-    plan = Plan((("*", LayerPlan(TensorPlan(8, granularity="channel"))),))
-    quantize(model, plan, verbose=False)
-    with pytest.warns(UserWarning, match=r"1 layers: \['table'\]"):
-        calibrate(model, [torch.randn(3, 8)])
