@@ -25,6 +25,7 @@ from fewbits.deploy.onnx_nodes import EmitActivation, EmitWeight, emit_layer, re
 from fewbits.deploy.packed import PackedLayer, PackedWeight
 from fewbits.errors import ExportError
 from fewbits.layers import quantized_layers
+from fewbits.layers.twins import SpatialTwin
 from fewbits.quantizers import Codes, Quantizer, Uniform
 
 OPSET = 21  # the first with blocked DequantizeLinear and INT4
@@ -146,7 +147,8 @@ def _emit(model: nn.Module, mode: str) -> dict[str, str]:
 def _codes(layer: PackedLayer, kind: str) -> Codes:
     """Return the codes to emit."""
     codes, activation = layer.packed.get(), layer.input_quantizer
-    if kind == "INT8" and not layer.is_linear and layer.bias is not None and isinstance(activation, Uniform):
+    convolves = isinstance(layer, SpatialTwin)
+    if kind == "INT8" and convolves and layer.bias is not None and isinstance(activation, Uniform):
         return refine_for_bias(codes, layer.bias.detach(), activation)
     return codes
 
