@@ -96,7 +96,8 @@ class Quantizer(nn.Module):
         """Raise QuantizationError if no tensor has set the range yet."""
         if not self.calibrated and not self.dynamic:
             raise QuantizationError(
-                f"{self.label}this quantizer has no range yet: run fewbits.calibrate(model, batches), or train a step, first"
+                f"{self.label}this quantizer has no range yet: "
+                "run fewbits.calibrate(model, batches), or train a step, first"
             )
 
     def get_extra_state(self) -> dict[str, int]:
@@ -122,6 +123,13 @@ class Quantizer(nn.Module):
         return f"{self.bits} bit, {kind}, per {self.grouping.granularity}{block}{sparse}"
 
 
+def quantizer_class(name: str) -> type[Quantizer]:
+    """Return the quantizer of that name. Raises PlanError, with near names, if there is none."""
+    if name not in QUANTIZERS:
+        raise PlanError(f"unknown quantizer {name!r}{nearest(name, QUANTIZERS)}; known: {sorted(QUANTIZERS)}")
+    return QUANTIZERS[name]
+
+
 def make_quantizer(
     plan: TensorPlan,
     *,
@@ -135,10 +143,7 @@ def make_quantizer(
     shape: of the tensor where it is fixed (a weight); for activations give channels, the size of ``axis``.
     Raises PlanError for an unknown name or option.
     """
-    if plan.quantizer not in QUANTIZERS:
-        hint = nearest(plan.quantizer, QUANTIZERS)
-        raise PlanError(f"unknown quantizer {plan.quantizer!r}{hint}; known: {sorted(QUANTIZERS)}")
-    cls = QUANTIZERS[plan.quantizer]
+    cls = quantizer_class(plan.quantizer)
     if shape is None and plan.granularity == "block" and not cls.dynamic:
         raise PlanError(f"quantizer {plan.quantizer!r} is static: blocks of an activation need a dynamic one")
     grouping = Grouping(plan.granularity, axis, contraction, plan.block)
