@@ -38,8 +38,11 @@ def thin(x: Tensor) -> Tensor:
 
 
 def largest_scale(grid: Grid) -> float:
-    """Return the largest scale whose every product with a code is finite in float32 and bfloat16."""
-    return torch.finfo(torch.float32).max / max(grid.highest, -grid.lowest) / 1.01
+    """Return the largest scale with which not only values but also sums of a gradient's products stay finite.
+
+    The outermost code then stands for 1.8e19, the square root of what float32 holds; larger values are clipped.
+    """
+    return float(torch.finfo(torch.float32).max ** 0.5) / max(grid.highest, -grid.lowest)
 
 
 def from_bounds(low: Tensor, high: Tensor, grid: Grid, symmetric: bool) -> tuple[Tensor, Tensor]:
