@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fewbits.cost import LayerShape, ModelShape
 from fewbits.errors import PlanError
 from fewbits.plan import ACTIVATION_BITS, WEIGHT_BITS, LayerPlan, Rule, TensorPlan
+from fewbits.quantizers import quantizer_class
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,14 @@ class Style:
 
     def weight(self, bits: int) -> TensorPlan:
         """Return the plan of a weight of ``bits``."""
-        return TensorPlan(bits, self.quantizer, granularity=self.granularity, block=self.block, range=self.range)
+        return TensorPlan(
+            bits,
+            self.quantizer,
+            granularity=self.granularity,
+            block=self.block,
+            range=self.range,
+            options=quantizer_class(self.quantizer).weight_options(bits),
+        )
 
     def activation(self, bits: int | None) -> TensorPlan | None:
         """Return the plan of an activation: affine, so that a ReLU output may use every code."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fewbits.deploy.onnx_graph import finish_graph
 from fewbits.deploy.onnx_nodes import EmitActivation, EmitWeight, emit_layer, refine_for_bias
 from fewbits.deploy.packed import PackedLayer, PackedWeight
-from fewbits.errors import ExportError
+from fewbits.errors import ExportError, FewbitsError
 from fewbits.layers import quantized_layers
 from fewbits.layers.twins import SpatialTwin
 from fewbits.quantizers import Codes, Quantizer, Uniform
@@ -94,6 +94,9 @@ def trace(model: nn.Module, example: Any, opset: int, dynamic_batch: bool) -> An
                 verbose=False,
             )
     except Exception as error:
+        own = _own(error)
+        if own is not None:
+            raise ExportError(str(own)) from error
         reason = str(error).strip().splitlines()
         raise ExportError(
             f"PyTorch could not export this model to ONNX ({reason[0] if reason else type(error).__name__}); "
@@ -101,6 +104,13 @@ def trace(model: nn.Module, example: Any, opset: int, dynamic_batch: bool) -> An
         ) from error
     assert program is not None
     return program.model_proto
+
+
+def _own(error: BaseException | None) -> FewbitsError | None:
+    """Return the error of ours that PyTorch's exporter has wrapped, if there is one."""
+    while error is not None and not isinstance(error, FewbitsError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _map(args: Any, f: Callable[[Any], Any]) -> Any:
@@ -139,7 +149,7 @@ def _emit(model: nn.Module, mode: str) -> dict[str, str]:
             emit_layer(layer)
     for parent in list(model.modules()):
         for child, module in list(parent.named_children()):
-            if isinstance(module, Quantizer):
+            if isinstance(module, Quantizer) and (module.calibrated or module.dynamic):  # else unused, or it says so
                 setattr(parent, child, EmitActivation(module, integer=mode == "fastest"))
     return types
 
@@ -163,7 +173,10 @@ def weight_type(weight: PackedWeight, boxed: bool, mode: str, outputs: int = 0) 
     if mode == "fastest" and boxed:
         return "INT8"
     shift = 0 if grid.lowest < 0 else 2 ** (grid.bits - 1)  # unsigned codes have unsigned types
+    lowest, highest = grid.lowest - shift, grid.highest - shift
+    if grid.step == 2 and mode == "smallest":  # odd codes 2 q + 1 are stored as q
+        lowest, highest = (lowest - 1) // 2, (highest - 1) // 2
     for bits in (2, 4) if outputs % 4 == 0 else (4,):
-        if -(2 ** (bits - 1)) <= grid.lowest - shift and grid.highest - shift < 2 ** (bits - 1):
+        if -(2 ** (bits - 1)) <= lowest and highest < 2 ** (bits - 1):
             return f"INT{bits}"
     return "INT8"

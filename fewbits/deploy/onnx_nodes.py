@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fewbits.deploy.align import largest_factor
 from fewbits.deploy.packed import PackedLayer, packed_class
 from fewbits.errors import ExportError
-from fewbits.quantizers import Codes, Grouping, Quantizer, Uniform
+from fewbits.quantizers import Codes, Grid, Grouping, Quantizer, Uniform
 
 symbolic: Any = torch.onnx.ops.symbolic
 
@@ -78,20 +78,22 @@ class EmitActivation(nn.Module):
 
 
 class EmitWeight(nn.Module):
-    """Codes of a weight as an integer initializer and one DequantizeLinear.
+    """Codes of a weight as an integer initializer and one DequantizeLinear, and the offset that is added to it.
 
     kind: "INT8", "INT4" or "INT2", the type that ``narrow`` gives the initializer afterwards (it is emitted as int8).
+    offset: None for most; else the shape of scale. DequantizeLinear knows integer zero points only.
     """
 
     codes: Tensor
     scale: Tensor
+    offset: Tensor | None
 
     def __init__(self, codes: Codes, *, kind: str, contraction_first: bool) -> None:
         super().__init__()
-        if codes.offset is not None:
-            raise ExportError("weights with a real-valued offset have no single ONNX DequantizeLinear")
+        codes = _signed(codes, kind)
         values, scale, zero = codes.values, _scale_tensor(codes, codes.scale), codes.zero_point
         point = None if zero is None else _scale_tensor(codes, zero)
+        offset = None if codes.offset is None else _scale_tensor(codes, codes.offset)
         if kind == "INT8" and zero is None and codes.grid.highest >= -codes.grid.lowest - (codes.bits < 8):
             values, scale = _positive(codes, values, scale)
         axis, block = codes.grouping.axis, codes.grouping.block
@@ -100,32 +102,80 @@ class EmitWeight(nn.Module):
         if contraction_first and codes.grouping.contraction == 1:
             values, axis = values.T, 1 - axis
             scale = scale.T if scale.ndim == 2 else scale
-            point = point.T if point is not None and point.ndim == 2 else point
+            point, offset = (t.T if t is not None and t.ndim == 2 else t for t in (point, offset))
         kind_of_codes = torch.int8 if codes.grid.lowest < 0 else torch.uint8
         self.kind = kind if codes.grid.lowest < 0 else "U" + kind
+        self.axis, self.block = axis, block
         self.attributes: dict[str, Any] = {"axis": axis} if scale.ndim else {}
         if block is not None:
             self.attributes["block_size"] = block
         self.register_buffer("codes", values.contiguous().to(kind_of_codes))
         self.register_buffer("scale", scale.contiguous())
         self.register_buffer("point", None if point is None else point.contiguous().to(kind_of_codes))
+        self.register_buffer("offset", None if offset is None else offset.contiguous())
 
-    def decode(self) -> Tensor:
-        """Return the weight, [K, N] where contraction_first was asked for."""
+    def product(self) -> Tensor:
+        """Return the weight but for its offset, [K, N] where contraction_first was asked for."""
         inputs = [self.codes, self.scale] + ([] if self.point is None else [self.point])
         shape = self.codes.shape
         y: Tensor = symbolic("DequantizeLinear", inputs, self.attributes, dtype=torch.float32, shape=shape)
         return y
 
+    def decode(self) -> Tensor:
+        """Return the weight, [K, N] where contraction_first was asked for."""
+        if self.offset is None:
+            return self.product()
+        offset = self.offset
+        if self.block is not None:
+            offset = offset.repeat_interleave(self.block, self.axis).narrow(self.axis, 0, self.codes.shape[self.axis])
+        elif offset.ndim:
+            offset = offset.reshape([-1 if i == self.axis else 1 for i in range(self.codes.ndim)])
+        return self.product() + offset
+
 
 class EmitLayer(PackedLayer):
-    """A packed linear layer as MatMul on [K, N] weights, the form that engines turn into integer products."""
+    """A packed linear layer as MatMul on [K, N] weights, the form that engines turn into integer products.
+
+    An offset b of the weight stays out of the product: x (W + 1 b) = x W + sum(x) b, with the sums and offsets of each
+    block where there are blocks ("Robust Training of Neural Networks at Arbitrary Precision and Sparsity", section on
+    affine products).
+    """
 
     def run(self, x: Tensor, op: Any) -> Tensor:
         """Return x W + b."""
         x = x if self.input_quantizer is None else self.input_quantizer(x)
-        y = torch.matmul(x, self.packed.decode())
+        weight: Any = self.packed
+        y = torch.matmul(x, weight.product())
+        if weight.offset is not None:
+            y = y + self.correction(x, weight)
         return self.finish(y if self.bias is None else y + self.bias)
+
+    def correction(self, x: Tensor, weight: EmitWeight) -> Tensor:
+        """Return what the offset of the weight adds."""
+        assert weight.offset is not None
+        if weight.block is None:
+            return x.sum(-1, keepdim=True) * weight.offset
+        length, blocks = x.shape[-1], weight.offset.shape[0]
+        padded = torch.nn.functional.pad(x, (0, blocks * weight.block - length))
+        return torch.matmul(padded.reshape(*x.shape[:-1], blocks, weight.block).sum(-1), weight.offset)
+
+
+def _signed(codes: Codes, kind: str) -> Codes:
+    """Return the same weight in codes that the type can hold, with an offset where that takes one.
+
+    Odd codes {-3, -1, 1, 3} become 2 q + 1, and unsigned ones with an offset become signed, which engines run faster.
+    """
+    grid, offset = codes.grid, codes.offset
+    bits = int(kind[3:])
+    if grid.step == 2 and grid.highest >= 2 ** (bits - 1):
+        half = Grid(grid.bits, (grid.lowest - 1) // 2, (grid.highest - 1) // 2)
+        added = codes.scale if offset is None else offset + codes.scale
+        return replace(codes, values=(codes.values - 1) // 2, scale=codes.scale * 2, offset=added, grid=half)
+    if offset is not None and grid.lowest >= 0:
+        shift = 2 ** (grid.bits - 1)
+        moved = replace(grid, lowest=grid.lowest - shift, highest=grid.highest - shift)
+        return replace(codes, values=codes.values - shift, offset=offset + shift * codes.scale, grid=moved)
+    return codes
 
 
 def emit_layer(layer: PackedLayer) -> None:

@@ -1,6 +1,6 @@
 """Quantizers: one a file. Each has values, a gradient path and integer codes."""
 
-from fewbits.quantizers.base import QUANTIZERS, Quantizer, make_quantizer, register_quantizer
+from fewbits.quantizers.base import QUANTIZERS, Quantizer, make_quantizer, quantizer_class, register_quantizer
 from fewbits.quantizers.baselines import BitNet, DynamicSTE, ParetoQ
 from fewbits.quantizers.codes import Codes, Grid
 from fewbits.quantizers.denoise import Denoise
@@ -11,5 +11,5 @@ from fewbits.quantizers.uniform import LSQ, LSQPlus, Uniform
 
 __all__ = [
     "LSQ", "QUANTIZERS", "BitNet", "Codes", "Denoise", "Dynamic", "DynamicSTE", "Grid", "Grouping", "LSQPlus",
-    "ParetoQ", "Quantizer", "Uniform", "make_quantizer", "recomputed", "register_quantizer",
+    "ParetoQ", "Quantizer", "Uniform", "make_quantizer", "quantizer_class", "recomputed", "register_quantizer",
 ]  # fmt: skip

@@ -61,6 +61,11 @@ class Uniform(Quantizer):
         zero = None if plan.symmetric else torch.zeros(groups)
         self._hold("zero_point", zero, self.learns_zero_point)
 
+    @classmethod
+    def weight_options(cls, bits: int) -> dict[str, Any]:
+        """Two-bit weights train better on {-3, -1, 1, 3} than on {-2, -1, 0, 1} (docs/results/foundation.md)."""
+        return {"odd": True} if bits == 2 else {}
+
     def _hold(self, name: str, value: Tensor | None, learned: bool) -> None:
         if learned and value is not None:
             self.register_parameter(name, nn.Parameter(value))

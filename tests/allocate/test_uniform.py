@@ -92,3 +92,11 @@ def test_bits_outside_the_menu(wrong: int) -> None:
 def test_a_model_without_quantizable_layers() -> None:
     with pytest.raises(QuantizationError, match="no quantizable layer"):
         uniform_plan(nn.Sequential(nn.ReLU()), 4)
+
+
+def test_two_bit_weights_take_the_odd_grid_of_the_uniform_quantizers_only() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    for bits, quantizer, options in ((2, "lsq", {"odd": True}), (2, "denoise", {}), (3, "lsq", {})):
+        plan = uniform_plan(model, bits, quantizer=quantizer)
+        middle = dict(plan.rules)["1"]
+        assert middle is not None and middle.weight is not None and dict(middle.weight.options) == options

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -73,6 +74,33 @@ def test_weight_only_linears_take_the_narrowest_type_that_is_right(
     assert set(report.weight_types.values()) == {kind}
     got, want = open_session(tmp_path / "m.onnx")((x,)), packed(x).numpy()
     assert np.abs(got - want).max() < 0.02 * np.abs(want).max()  # the engine rounds activations to 8 bits
+
+
+@pytest.mark.parametrize("mode", ["fastest", "smallest"])
+@pytest.mark.parametrize("granularity", [{"granularity": "channel"}, {"granularity": "block", "block": 16}])
+@pytest.mark.parametrize(
+    ("bits", "given", "kind"),
+    [
+        (2, {"quantizer": "ste", "options": {"odd": True}}, "INT2"),
+        (2, {"quantizer": "denoise", "symmetric": False}, "INT2"),
+        (4, {"quantizer": "denoise", "symmetric": False}, "INT4"),
+        (1, {"quantizer": "denoise", "symmetric": False}, "INT2"),
+    ],
+)
+def test_weights_with_an_offset(
+    bits: int, given: dict[str, Any], kind: str, granularity: dict[str, Any], mode: str, tmp_path: Path
+) -> None:
+    model: nn.Module = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Flatten(1, -1), nn.Linear(40 * 16, 12))
+    x = torch.randn(4, 3, 6, 6)
+    plan = Plan((("*", LayerPlan(TensorPlan(bits, **granularity, **given))),))
+    packed = fb.pack(fb.quantize(model, plan, verbose=False))
+    with torch.no_grad():
+        want = packed(x)
+    report = fb.export_onnx(packed, tmp_path / "m.onnx", x, mode=mode)
+    got = torch.from_numpy(open_session(tmp_path / "m.onnx")((x,)))
+    assert (got - want).abs().max() < 0.02 * want.abs().max()  # weight-only linears: activations in 8 bits
+    if mode == "smallest":
+        assert set(report.weight_types.values()) == {kind}
 
 
 def test_larger_codes_are_the_same_weight_and_round_the_bias_finer() -> None:
