@@ -278,7 +278,7 @@ def _show_run(answer: _Answer, folder: Path, result: dict[str, Any]) -> None:
 
     def show() -> None:
         Console().print(summary(result))
-        for note in (*result["notes"], *result["onnx"]["notes"]):
+        for note in (*result["notes"], *(result["onnx"] or {}).get("notes", ())):
             typer.echo(f"note: {note}")
         typer.echo(f"{result['seconds']['total']:.0f} s; open {folder / 'report.html'}")
 

@@ -42,11 +42,13 @@ def verify(
     float_onnx: str | Path | None = None,
     threads: int = 1,
     min_agreement: float = 99.0,
+    per_token: bool = False,
 ) -> VerifyReport:
     """Run an ONNX file beside the packed model on batches of inputs and compare the answers.
 
     Agreement is that of the argmax over axis 1 of the first output (class scores [N, C, ...]), or, for outputs of
-    one axis, that of the values to 1e-3. With float_onnx the latencies of both are taken alternately, for one sample,
+    one axis, that of the values to 1e-3. per_token: outputs are [N, T, classes], and each of the N * T answers is a
+    sample. With float_onnx the latencies of both are taken alternately, for one sample,
     on ``threads`` threads. Raises ExportError if the file does not load or run, if an output is not finite where the
     packed model's is, or if agreement is below min_agreement percent.
     """
@@ -62,6 +64,8 @@ def verify(
             raise ExportError(f"{path}: output shape {got.shape}, the packed model gives {want.shape}")
         if not np.array_equal(np.isfinite(got), np.isfinite(want)):
             raise ExportError(f"{path}: its outputs are NaN or Inf where those of the packed model are not")
+        if per_token:
+            got, want = got.reshape(-1, got.shape[-1]), want.reshape(-1, want.shape[-1])
         seen += len(want)
         agreeing += int(_agreement(got, want).sum())
         differences.append(np.abs(got - want).reshape(len(want), -1).max(1))

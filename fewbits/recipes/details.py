@@ -14,10 +14,10 @@ from fewbits.quantizers import Codes
 BINS = 64
 
 
-def layer_rows(model: nn.Module, shape: ModelShape, sizes: Size, images: Tensor) -> list[dict[str, Any]]:
-    """Return one row a quantized layer, by the keys of the report. images: [B, C, H, W], for the output errors."""
+def layer_rows(model: nn.Module, shape: ModelShape, sizes: Size, inputs: Tensor) -> list[dict[str, Any]]:
+    """Return one row a quantized layer, by the keys of the report. inputs: for the output errors."""
     layers, by_name = quantized_layers(model), {layer.name: layer for layer in shape.layers}
-    stored, noise = {row.name: row.codes + row.scales for row in sizes.layers}, output_sqnr(model, images)
+    stored, noise = {row.name: row.codes + row.scales for row in sizes.layers}, output_sqnr(model, inputs)
     rows = []
     for name, layer in layers.items():
         if name in by_name:
@@ -65,7 +65,7 @@ def histograms(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def output_sqnr(model: nn.Module, images: Tensor) -> dict[str, float]:
+def output_sqnr(model: nn.Module, inputs: Tensor) -> dict[str, float]:
     """Return the signal to noise ratio of each layer's output in dB: quantized against float, on the same input.
 
     Layers that are not called themselves, or whose output is exact, have none.
@@ -89,7 +89,7 @@ def output_sqnr(model: nn.Module, images: Tensor) -> dict[str, float]:
     training = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            model.eval()(images)
+            model.eval()(inputs)
     finally:
         for handle in handles:
             handle.remove()

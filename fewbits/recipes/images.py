@@ -1,37 +1,61 @@
-"""The images and the float model of a recipe."""
+"""Classification as a task of recipes: the images and the float model."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fewbits.errors import DataError
 from fewbits.recipes.schema import Data, Recipe
+from fewbits.recipes.task import Answer, Pair, Task
+from fewbits.tasks.classification import cross_entropy, predict, score
 from fewbits.tasks.data import ImageExamples, LabelledImages, shared_data_dir
 from fewbits.tasks.models import build_model
 from fewbits.tasks.sources import load
+from fewbits.train.loop import Loss
 
 SHAPES = {"digits": (1, 8, 8), "fashion_mnist": (1, 28, 28)}  # of stand-ins; all others have three channels
 STAND_IN_CLASSES = 10
 
 
 @dataclass(frozen=True)
-class Images:
-    """train: what is trained on. validation: held out of it, None if nothing is. test: for final numbers only.
-    notes: what a reader of the results must know of them."""
+class Images(Task[LabelledImages]):
+    """Images of classes; see ``Task``."""
 
-    train: LabelledImages
-    validation: LabelledImages | None
-    test: LabelledImages
-    notes: tuple[str, ...] = ()
+    headline: ClassVar[str] = "top1"
+    shown: ClassVar[int] = 64
 
-    def sample(self, count: int) -> Tensor:
-        """Return the first ``count`` training images, not augmented: [count, C, H, W]."""
-        return self.train.gather(range(min(count, len(self.train))))[0]
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return self.test.classes
+
+    def build(self, recipe: Recipe) -> tuple[nn.Module, tuple[str, ...]]:
+        """See ``build``."""
+        return build(recipe, self)
+
+    def loss(self, label_smoothing: float = 0.0) -> Loss:
+        """See ``Task``."""
+        return functools.partial(cross_entropy, label_smoothing=label_smoothing)
+
+    def answers(self, model: Answer, examples: LabelledImages, batch_size: int) -> Iterator[Pair]:
+        """See ``Task``; the logits of all images at once."""
+        yield predict(model, examples, batch_size), examples.labels
+
+    def score(self, pairs: Iterable[Pair], examples: LabelledImages) -> dict[str, Any]:
+        """See ``Task``."""
+        logits, labels = zip(*pairs)
+        return score(torch.cat(logits), torch.cat(labels))
+
+    def some(self, count: int, batch_size: int, seed: int) -> Iterator[Pair]:
+        """See ``Task``; every class has its share."""
+        return self.train.subset(min(count, len(self.train)), seed).batches(batch_size)
 
 
 def load_images(recipe: Recipe) -> Images:

@@ -15,41 +15,49 @@ from fewbits.allocate import Budget, Style, allocate, uniform_plan
 from fewbits.cost import ModelShape, model_shape
 from fewbits.errors import PlanError, nearest
 from fewbits.layers import quantize
-from fewbits.plan import LayerPlan, Plan
+from fewbits.plan import LayerPlan, Plan, layer_plan
 from fewbits.recipes.schema import PlanRules, Recipe
 from fewbits.tasks.classification import cross_entropy
 from fewbits.tasks.data import Batch
+from fewbits.tasks.language import block_rules
+from fewbits.train.loop import Loss
 
 STYLE = ("act_bits", "first_last", "quantizer", "act_quantizer", "granularity", "block", "range")
 
 
-def make_plan(model: nn.Module, recipe: Recipe, example: Tensor, batches: Iterable[Batch]) -> Plan:
+def make_plan(
+    model: nn.Module, recipe: Recipe, example: Tensor, batches: Iterable[Batch], loss: Loss = cross_entropy
+) -> Plan:
     """Return the plan of a recipe for a float model.
 
-    example: one image [1, C, H, W], on which operations are counted and folded norms are seen. batches: labelled
-    images for a method that measures sensitivity on data. Raises PlanError and BudgetError, as the methods do.
+    example: one input [1, ...], on which operations are counted and folded norms are seen. batches, loss: for a method
+    that measures sensitivity on data. Raises PlanError and BudgetError, as the methods do.
     """
     given = recipe.plan
-    plan = _decide(model, recipe, example, batches)
+    plan = _decide(model, recipe, example, batches, loss)
     plan = plan.override(*given.explicit_rules())
     outputs = _outputs(given, plan, model_shape(model, example))
     plan = plan.override(*outputs)
     return replace(plan, decided_from={**plan.decided_from, "method": given.method, "seed": recipe.seed})
 
 
-def check_plan(model: nn.Module, recipe: Recipe, example: Tensor, batches: Iterable[Batch]) -> None:
+def check_plan(
+    model: nn.Module, recipe: Recipe, example: Tensor, batches: Iterable[Batch], loss: Loss = cross_entropy
+) -> None:
     """Raise what ``make_plan`` and ``quantize`` would, before anything is trained; the model stays as it is.
 
     Ranges are those of min-max here: no error depends on them, and the search for better ones takes seconds.
     """
     quick = recipe.model_copy(update={"plan": recipe.plan.model_copy(update={"range": "minmax"})})
-    quantize(copy.deepcopy(model), make_plan(model, quick, example, batches), verbose=False)
+    quantize(copy.deepcopy(model), make_plan(model, quick, example, batches, loss), verbose=False)
 
 
-def _decide(model: nn.Module, recipe: Recipe, example: Tensor, batches: Iterable[Batch]) -> Plan:
+def _decide(model: nn.Module, recipe: Recipe, example: Tensor, batches: Iterable[Batch], loss: Loss) -> Plan:
     given = recipe.plan
     if given.method == "explicit":
         return Plan(())
+    if given.layer is not None:
+        return Plan(tuple(block_rules(model, layer_plan(given.layer))))
     if given.file is not None:
         return Plan.load(Path(given.file).expanduser())
     style = given.model_dump(include=set(STYLE))
@@ -61,7 +69,7 @@ def _decide(model: nn.Module, recipe: Recipe, example: Tensor, batches: Iterable
     budget = Budget(**recipe.budget.model_dump())
     options: dict[str, Any] = dict(given.options)
     if options.get("sensitivity") == "fisher":
-        options |= {"batches": batches, "loss": cross_entropy}
+        options |= {"batches": batches, "loss": loss}
     return allocate(model, budget, method=given.method, example=example, menu=given.menu, **style, **options)
 
 

@@ -17,8 +17,9 @@ from fewbits.cost import model_shape, size
 from fewbits.plan import Plan
 from fewbits.recipes.details import histograms, layer_rows, not_quantized
 from fewbits.recipes.folder import RunFolder, finite, put, put_json
-from fewbits.recipes.images import Images
+from fewbits.recipes.task import Task
 from fewbits.report import write_report
+from fewbits.report.text import measure, metric
 
 PACKAGES = ("torch", "torchvision", "numpy", "lightning-fabric", "onnx", "onnxruntime", "safetensors")
 FORMS = {
@@ -28,14 +29,13 @@ FORMS = {
     "packed file": "packed",
     "ONNX file": "onnx",
 }
-SHOWN = 64  # images on which output errors are measured
 
 
 def write_result(
     folder: RunFolder,
     model: nn.Module,
     original: nn.Module,
-    images: Images,
+    task: Task[Any],
     measured: dict[str, dict[str, Any]],
     notes: Sequence[str],
 ) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def write_result(
     model: trained; original: float. measured: what each step returned, by the form of the model.
     """
     recipe, plan = folder.recipe(), Plan.load(folder / "plan.json")
-    shape = model_shape(original, images.sample(1))
+    shape = model_shape(original, task.sample(1))
     sizes = size(plan, shape)
     weights, file_bytes = shape.numel * 4, measured["packed"]["file_bytes"]
     stored = {
@@ -57,7 +57,8 @@ def write_result(
         "recipe": recipe.name,
         "task": recipe.task,
         "notes": list(notes),
-        "classes": list(images.test.classes),
+        "headline": task.headline,
+        "classes": list(task.classes),
         "seconds": folder.seconds,
         "float": {**measured["float"], "size_bytes": weights + shape.float_bytes, "weight_bytes": weights},
         "calibrated": measured["calibrated"],
@@ -68,10 +69,10 @@ def write_result(
             "weight_bytes": sizes.codes + sizes.scales,
         },
         "packed": measured["packed"],
-        "onnx": measured["onnx"],
+        "onnx": measured.get("onnx"),
         "size": {**stored, "header": file_bytes - sum(stored.values())},
         "plan": {
-            "layers": layer_rows(model, shape, sizes, images.sample(SHOWN)),
+            "layers": layer_rows(model, shape, sizes, task.sample(task.shown)),
             "not_quantized": not_quantized(model),
             "decided_from": dict(plan.decided_from),
         },
@@ -113,18 +114,21 @@ def _gather_metrics(folder: RunFolder) -> None:
 
 
 def summary(result: dict[str, Any]) -> Table:
-    """Return the forms of the model side by side: accuracy, bytes, speed."""
+    """Return the forms of the model side by side: headline metric, bytes, speed."""
     table = Table(title=result["recipe"], title_justify="left")
-    for column in ("model", "top-1 %", "weights", "file", "smaller", "latency"):
+    headline = result["headline"]
+    for column in ("model", metric(headline).label, "weights", "file", "smaller", "latency"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    before, onnx = result["float"], result["onnx"]
-    float_file = onnx["float_file_bytes"] or before["size_bytes"]
+    before, onnx = result["float"], result["onnx"] or {}
+    float_file = onnx.get("float_file_bytes") or before["size_bytes"]
     for name, key in FORMS.items():
+        if not result[key]:
+            continue
         form, is_float = result[key], key == "float"
         weights, file = form.get("weight_bytes"), float_file if is_float else form.get("file_bytes")
-        latency = onnx["float_latency_ms"] if is_float else form.get("latency_ms")
+        latency = onnx.get("float_latency_ms") if is_float else form.get("latency_ms")
         factor = float_file / file if file else before["weight_bytes"] / weights if weights else None
-        cells = [f"{form['metrics']['top1']:.2f}"]
+        cells = [measure(headline, form["metrics"][headline])]
         cells += ["" if count is None else f"{count:,} B" for count in (weights, file)]
         cells += ["" if factor is None or is_float else f"{factor:.1f}x"]
         cells += ["" if latency is None else f"{latency:.3f} ms"]

@@ -20,19 +20,20 @@ from fewbits.errors import ExportError
 from fewbits.layers import quantize
 from fewbits.plan import Plan
 from fewbits.recipes.folder import RunFolder
-from fewbits.recipes.images import Images, build, load_images
-from fewbits.recipes.schema import Recipe
+from fewbits.recipes.schema import Export, Recipe
+from fewbits.recipes.task import Task
+from fewbits.recipes.tasks import load_task
 
 WARM_UP = 5
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run folder whose training is done, with its images. packed_file: ``model.safetensors``, or another."""
+    """A run folder whose training is done, with its data. packed_file: ``model.safetensors``, or another."""
 
     folder: RunFolder
     recipe: Recipe
-    images: Images
+    task: Task[Any]
     packed_file: Path
 
     @staticmethod
@@ -41,12 +42,17 @@ class Finished:
         folder = RunFolder.open(target)
         recipe = folder.recipe()
         packed_file = target if target.suffix == ".safetensors" else folder / "model.safetensors"
-        return Finished(folder, recipe, load_images(recipe), packed_file)
+        return Finished(folder, recipe, load_task(recipe), packed_file)
+
+    @property
+    def export(self) -> Export:
+        """How the recipe exports, or the defaults where it does not."""
+        return self.recipe.export or Export()
 
     def architecture(self) -> nn.Module:
         """Return the float model without its weights."""
         bare = self.recipe.model.model_copy(update={"weights": None})
-        return build(self.recipe.model_copy(update={"model": bare}), self.images)[0]
+        return self.task.build(self.recipe.model_copy(update={"model": bare}))[0]
 
     def float_model(self) -> nn.Module:
         """Return the float model as it was before quantization."""
@@ -69,7 +75,7 @@ def repack(target: Path, to: Path | None) -> dict[str, Any]:
     """Pack the trained model of a run again, into ``to`` or its own file."""
     run = Finished.open(target)
     trained, path = run.trained(), to or run.packed_file
-    packed = pack(trained, run.images.sample(2))
+    packed = pack(trained, run.task.sample(2))
     size = save(packed, path)
     return {"file": str(path), "file_bytes": size, "code_mismatches": code_mismatches(trained, packed)}
 
@@ -78,7 +84,7 @@ def reexport(target: Path, mode: str | None, to: Path | None) -> dict[str, Any]:
     """Export the packed model of a run, as ``model.onnx`` or ``to``."""
     run = Finished.open(target)
     path = to or run.folder / "model.onnx"
-    report = export_onnx(run.packed(), path, run.images.sample(2), mode=mode or run.recipe.export.mode)
+    report = export_onnx(run.packed(), path, run.task.sample(2), mode=mode or run.export.mode)
     return {
         "file": str(path),
         "file_bytes": report.file_bytes,
@@ -89,18 +95,19 @@ def reexport(target: Path, mode: str | None, to: Path | None) -> dict[str, Any]:
 
 
 def reverify(target: Path, onnx: Path | None, threads: int) -> dict[str, Any]:
-    """Run the ONNX file of a run, or another, on the test images beside the packed model."""
+    """Run the ONNX file of a run, or another, on the test examples beside the packed model."""
     run = Finished.open(target)
     packed, path = run.packed(), onnx or run.folder / "model.onnx"
     float_path = run.folder / "float/model.onnx"
-    inputs = (images for images, _ in run.images.test.batches(run.recipe.evaluate.batch_size))
+    inputs = (x for x, _ in run.task.test.batches(run.recipe.evaluate.batch_size))
     report = verify(
         path,
         packed,
         inputs,
         float_onnx=float_path if float_path.is_file() else None,
         threads=threads,
-        min_agreement=run.recipe.export.min_agreement,
+        min_agreement=run.export.min_agreement,
+        per_token=run.task.per_token,
     )
     mismatches = code_mismatches(run.trained(), packed) if run.folder.done("train") else None
     if mismatches:
@@ -123,11 +130,11 @@ def bench(target: Path, batch: int, threads: int, rounds: int) -> dict[str, Any]
 
 
 def _forms(run: Finished, batch: int, threads: int) -> tuple[dict[str, Callable[[Tensor], Any]], Tensor]:
-    first = run.images.sample(1)
+    first = run.task.sample(1)
     float_file = run.folder / "float/model.onnx"
     if not float_file.is_file():
         float_file.parent.mkdir(exist_ok=True)
-        export_float(run.float_model(), float_file, run.images.sample(2))
+        export_float(run.float_model(), float_file, run.task.sample(2))
     quantized, original = (open_session(path, threads) for path in (run.folder / "model.onnx", float_file))
     forms: dict[str, Callable[[Tensor], Any]] = {
         "onnx float": lambda x: original((x,)),
@@ -135,7 +142,7 @@ def _forms(run: Finished, batch: int, threads: int) -> tuple[dict[str, Callable[
         "torch float": run.float_model(),
         "torch quantized": run.packed(),
     }
-    return forms, first.repeat(batch, 1, 1, 1)
+    return forms, first.repeat(batch, *[1] * (first.ndim - 1))
 
 
 def _onnx_alone(path: Path, batch: int, threads: int) -> tuple[dict[str, Callable[[Tensor], Any]], Tensor]:
@@ -143,10 +150,12 @@ def _onnx_alone(path: Path, batch: int, threads: int) -> tuple[dict[str, Callabl
 
     answer = open_session(path, threads)
     (given,) = onnx.load(str(path), load_external_data=False).graph.input[:1]
+    tokens = given.type.tensor_type.elem_type == onnx.TensorProto.INT64
     sides = [d.dim_value for d in given.type.tensor_type.shape.dim]
     if len(sides) < 2 or not all(sides[1:]):
         raise ExportError(f"{path}: its input has the shape {sides}; only the batch may be open to be timed alone")
-    return {"onnx": lambda x: answer((x,))}, torch.randn(sides[0] or batch, *sides[1:])
+    shape = sides[0] or batch, *sides[1:]
+    return {"onnx": lambda x: answer((x,))}, torch.zeros(shape, dtype=torch.int64) if tokens else torch.randn(shape)
 
 
 def _median_ms(forms: dict[str, Callable[[Tensor], Any]], x: Tensor, rounds: int) -> dict[str, float]:

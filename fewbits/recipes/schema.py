@@ -26,29 +26,33 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """The images, and which of them are used."""
+    """The examples, images or windows of a text, and which of them are used."""
 
     source: str
-    """Name of the data source: digits, cifar10, cifar10_lossless, fashion_mnist, imagefolder."""
+    """Name of the data source. Classification: digits, cifar10, cifar10_lossless, fashion_mnist, imagefolder.
+    Language: python_topics (a text that comes with Python), tiny_shakespeare, wikitext2, text."""
     path: str = "auto"
-    """Folder of the data; auto: embedded in a package, or in `../shared/data` beside the checkout."""
+    """Folder (or text file) of the data; auto: embedded in a package, or in `../shared/data` beside the checkout."""
     options: dict[str, Any] = {}
-    """Fields of the data set, e.g. `crop_padding`, `flip`, or `size` of an image folder."""
+    """Fields of the data set, e.g. `crop_padding`, `flip`, or `size` of an image folder. Language: `tokens` (byte, char
+    or the path of a tokenizer), `context` (tokens of a window) and `test` (the last share of the text)."""
     validation: Fraction = 0.1
-    """Fraction of the training images that is held out and watched during training; test images are for the end."""
+    """Fraction of the training examples (of a text, the last part) that is held out and watched during training; test
+    examples are for the end."""
     train_examples: Some | None = None
-    """Use only so many training images, class by class."""
+    """Use only so many training examples, class by class, or the first of a text."""
     test_examples: Some | None = None
-    """Use only so many test images, class by class."""
+    """Use only so many test examples, class by class, or the first of a text."""
     stand_in: bool = False
-    """Make random images of the same shape where the data is not there."""
+    """Make random images of the same shape where the data is not there, or take the text that comes with Python."""
 
 
 class Model(Section):
     """The float model."""
 
     name: str
-    """reference_cnn, resnet20 .. resnet110 (CIFAR), torchvision:NAME or timm:NAME."""
+    """reference_cnn, resnet20 .. resnet110 (CIFAR), torchvision:NAME or timm:NAME. Language: gpt_nano, gpt_micro,
+    gpt_char, gpt2 (all with random weights), or transformers:NAME (a folder, a model type, or a cached name)."""
     options: dict[str, Any] = {}
     """Further keyword arguments of the model."""
     weights: str | None = None
@@ -61,11 +65,11 @@ class Training(Section):
     """One training, of the float model or of the quantized one. Give `epochs` or `max_steps`."""
 
     epochs: int | None = None
-    """Passes over the training images."""
+    """Passes over the training examples."""
     max_steps: int | None = None
     """Updates of the weights, in place of `epochs`."""
     batch_size: Count = 64
-    """Images a batch."""
+    """Examples a batch."""
     lr: float = 0.01
     """Learning rate at its highest."""
     weight_decay: float = 1e-4
@@ -116,7 +120,10 @@ class PlanRules(Section):
 
     method: str = "uniform"
     """uniform (`weight_bits` everywhere, or with a budget the most that fit it), solver (best bits a layer within the
-    budget), another allocation method, file (a plan.json), or explicit (only `rules`)."""
+    budget), another allocation method, file (a plan.json), blocks (`layer` for the linear layers of a transformer's
+    blocks; embeddings, LM head, norms and products between activations in float), or explicit (only `rules`)."""
+    layer: dict[str, Any] | None = None
+    """The layer plan of every layer, for method blocks, e.g. `{weight: {bits: 1}, input: {bits: 4}}`."""
     file: str | None = None
     """The plan, for method file, as 'fewbits allocate' writes it."""
     weight_bits: int | None = None
@@ -152,6 +159,8 @@ class PlanRules(Section):
 
         try:
             self.explicit_rules()
+            if self.layer is not None:
+                layer_plan(self.layer)
         except (PlanError, TypeError) as error:
             raise ValueError(str(error)) from error
         return self
@@ -171,7 +180,7 @@ class Limits(Section):
     average_bits: Positive | None = None
     """Mean bits of a weight."""
     bops: Positive | None = None
-    """Bit operations of one image."""
+    """Bit operations of one image, or of one window of a text."""
 
 
 class Export(Section):
@@ -186,25 +195,29 @@ class Export(Section):
     align_biases: bool = True
     """Move the trained biases of convolutions to whole units of integer engines (mode `fastest`)."""
     min_agreement: Percent = 99.0
-    """Percent of test images on which ONNX Runtime must give the packed answer."""
+    """Percent of test images, or tokens, on which ONNX Runtime must give the packed answer."""
 
 
 class Evaluate(Section):
     """Measuring and calibrating."""
 
     batch_size: Count = 256
-    """Images a batch."""
+    """Examples a batch."""
     calibration_examples: Count = 256
-    """Training images that set the ranges of activations."""
+    """Training examples that set the ranges of activations."""
 
 
 class Smoke(Section):
     """What `--smoke` cuts the run down to, so that it ends in seconds anywhere. Its accuracy means nothing."""
 
     train_examples: Some = 160
-    """Training images."""
+    """Training examples."""
     test_examples: Some = 80
-    """Test images."""
+    """Test examples."""
+    data: dict[str, Any] = {}
+    """Options of the data that take the place of its own, e.g. a small `context`."""
+    model: dict[str, Any] = {}
+    """Options of the model that take the place of its own, e.g. few `layers`."""
     steps: Count = 4
     """Steps of each training."""
     time_float: bool = False
@@ -216,12 +229,12 @@ class Recipe(Section):
 
     name: str = ""
     """What the report calls the run; empty: the name of the file."""
-    task: Literal["classification"] = "classification"
-    """What the model does."""
+    task: Literal["classification", "language"] = "classification"
+    """What the model does: classification, or language (the next token of a text)."""
     seed: NotNegative = 0
     """Seed of everything random."""
     data: Data
-    """The images."""
+    """The examples."""
     model: Model
     """The float model."""
     float_training: Training | None = None
@@ -232,8 +245,10 @@ class Recipe(Section):
     """What the packed model may cost; null: no limit."""
     qat: Training | None = None
     """Quantization-aware training; null: calibration only."""
-    export: Export = Export()
-    """The ONNX file."""
+    from_scratch: bool = False
+    """Begin quantization-aware training at the initial weights, not at those that `float_training` ended with."""
+    export: Export | None = Export()
+    """The ONNX file; null: none, for what has no ONNX form."""
     evaluate: Evaluate = Evaluate()
     """Measuring and calibrating."""
     smoke: Smoke = Smoke()
@@ -246,7 +261,7 @@ class Recipe(Section):
             raise ValueError(f"a budget needs one of {sorted(Limits.model_fields)}, or leave it out")
         if plan.method == "uniform" and (plan.weight_bits is None) == (not limits):
             raise ValueError("plan.method uniform needs either plan.weight_bits or a budget, not both")
-        given = plan.method in ("explicit", "file")
+        given = plan.method in ("explicit", "file", "blocks")
         if given and limits:
             raise ValueError(f"plan.method {plan.method} takes no budget")
         if plan.method != "uniform" and not given and not limits:
@@ -255,20 +270,26 @@ class Recipe(Section):
             raise ValueError(f"plan.weight_bits is for method uniform; {plan.method} chooses from plan.menu")
         if plan.method == "explicit" and not plan.rules:
             raise ValueError("plan.method explicit needs plan.rules")
-        if (plan.method == "file") == (plan.file is None):
-            raise ValueError("plan.file is for plan.method file: give both or neither")
+        for method, value in (("file", plan.file), ("blocks", plan.layer)):
+            if (plan.method == method) == (value is None):
+                key = "file" if method == "file" else "layer"
+                raise ValueError(f"plan.{key} is for plan.method {method}: give both or neither")
+        if self.from_scratch and self.qat is None:
+            raise ValueError("from_scratch needs qat: without it nothing would be trained")
         return self
 
     def smoked(self) -> Recipe:
         """Return the recipe cut down to seconds; it may then use images that are not real."""
         smoke = self.smoke
+        options = {**self.data.options, **smoke.data}
         few = {"train_examples": smoke.train_examples, "test_examples": smoke.test_examples, "stand_in": True}
         # an untrained model is full of near ties, which a runtime may break the other way
         quick = {"min_agreement": 0.0, "time_float": smoke.time_float}
         changes: dict[str, Any] = {
-            "data": self.data.model_copy(update=few),
+            "data": self.data.model_copy(update={**few, "options": options}),
+            "model": self.model.model_copy(update={"options": {**self.model.options, **smoke.model}}),
             "evaluate": self.evaluate.model_copy(update={"calibration_examples": 32}),
-            "export": self.export.model_copy(update=quick),
+            "export": None if self.export is None else self.export.model_copy(update=quick),
         }
         for name in ("float_training", "qat"):
             training = getattr(self, name)

@@ -9,6 +9,8 @@ from fewbits.report.schema import Measured, Result
 
 AGREEMENT_GOAL = 99.9  # percent of samples on which a runtime should give the packed model's answer
 
+NOUNS = {"classification": "images", "language": "tokens"}  # what an answer is about
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -54,7 +56,7 @@ def missing(result: Result, logged: bool) -> list[str]:
         "errors per layer": any(layer.weight_error is not None or layer.sqnr_db is not None for layer in layers),
         "training curves": logged,
         "weight histograms": result.histograms,
-        "confusion matrices": any(form.confusion for _, form in result.forms),
+        "confusion matrices": result.task == "language" or any(form.confusion for _, form in result.forms),
         "the budget": result.budget,
         "times": result.seconds,
         "the environment": result.environment,
@@ -117,7 +119,7 @@ def _agreement(result: Result) -> Finding | None:
     form = result.onnx
     if form is None or form.top1_agreement is None:
         return None
-    total, noun = samples(form), "images" if result.task == "classification" else "samples"
+    total, noun = samples(form), NOUNS.get(result.task or "", "samples")
     where = f"{total:,} {noun}" if total else f"the {noun} tried"
     gap = "" if form.max_abs_diff is None else f", largest output difference {text.number(form.max_abs_diff)}"
     mark = "good" if form.top1_agreement >= AGREEMENT_GOAL else "warn"

@@ -27,6 +27,8 @@ METRICS = {
     "accuracy": Metric("accuracy", "%", True),
     "loss": Metric("loss", "", False),
     "perplexity": Metric("perplexity", "", False),
+    "bits_per_byte": Metric("bits a byte", "", False),
+    "token_accuracy": Metric("next-token accuracy", "%", True),
 }
 
 

@@ -47,9 +47,7 @@ class GPTConfig:
         if self.width % self.heads:
             raise RecipeError(f"width {self.width} is no multiple of {self.heads} heads; choose one that is")
         if self.positions not in ("rotary", "learned") or self.norm not in ("layer", "rms"):
-            raise RecipeError(
-                f"positions: rotary or learned, norm: layer or rms; got {self.positions!r}, {self.norm!r}"
-            )
+            raise RecipeError(f"positions rotary or learned, norm layer or rms; got {self.positions!r}, {self.norm!r}")
         if self.positions == "rotary" and self.width // self.heads % 2:
             raise RecipeError(f"rotary positions need an even head size, got {self.width} / {self.heads}")
         if not 0 <= self.dropout < 1:

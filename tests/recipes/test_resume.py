@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewbits.recipes import runner
+from fewbits.recipes import images, runner
 from fewbits.recipes.folder import RunFolder
 from fewbits.recipes.runner import finish, run
 from fewbits.tasks.classification import cross_entropy
@@ -48,12 +48,12 @@ def test_a_run_that_is_killed_in_both_trainings_and_between_steps_ends_equal(
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(runner, "cross_entropy", killed_after(3))
+        patch.setattr(images, "cross_entropy", killed_after(3))
         run(recipe, tmp_path / "killed", say=quiet)
     folder = RunFolder.open(tmp_path / "killed")
     assert not folder.done("float") and list((folder / "float/checkpoints").glob("*.pt"))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(runner, "cross_entropy", killed_after(5))
+        patch.setattr(images, "cross_entropy", killed_after(5))
         finish(folder, quiet)
     assert folder.done("calibrate") and not folder.done("train")
     with pytest.raises(Killed):
@@ -71,7 +71,7 @@ def test_a_run_that_is_killed_in_both_trainings_and_between_steps_ends_equal(
 
 def test_resuming_a_finished_run_does_no_step_again(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = json.loads((finished_run / "result.json").read_text())
-    monkeypatch.setattr(runner, "cross_entropy", killed_after(0))
+    monkeypatch.setattr(images, "cross_entropy", killed_after(0))
     said: list[str] = []
     after = finish(RunFolder.open(finished_run), said.append)
     assert len(said) == 7 and all("done before" in text for text in said)
@@ -89,5 +89,5 @@ def test_a_model_that_packs_wrongly_is_told_after_the_report(
         runner.require_faithful(wrong, recipe)
     strict = recipe.model_copy(update={"export": recipe.export.model_copy(update={"min_agreement": 99.0})})
     wrong = {**result, "onnx": {**result["onnx"], "top1_agreement": 90.0}}
-    with pytest.raises(runner.ExportError, match=r"90\.00 % of the test images.*asks for 99 %"):
+    with pytest.raises(runner.ExportError, match=r"90\.00 % of the test examples.*asks for 99 %"):
         runner.require_faithful(wrong, strict)

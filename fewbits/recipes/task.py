@@ -1,0 +1,93 @@
+"""What a run needs of a task: its data, model, loss and metrics. One class a task; ``tasks`` lists them."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from fewbits.recipes.schema import Recipe
+from fewbits.train.loop import Loss
+
+Pair = tuple[Tensor, Tensor]
+Answer = Callable[[Tensor], Tensor]
+SENSITIVITY_EXAMPLES = 256  # that a sensitivity is measured on, in batches of SENSITIVITY_BATCH
+SENSITIVITY_BATCH = 32
+
+
+class Examples(Protocol):
+    """A data set, for training (``gather`` with a generator augments) and in order."""
+
+    def __len__(self) -> int: ...
+
+    def gather(self, indices: Any, generator: Any = None) -> Pair: ...
+
+    def batches(self, batch_size: int) -> Iterator[Pair]: ...
+
+
+E = TypeVar("E", bound=Examples)
+
+
+@dataclass(frozen=True)
+class Task(abc.ABC, Generic[E]):
+    """A task with its data.
+
+    train: what is trained on. validation: held out of it, None if nothing is. test: for final numbers only. notes:
+    what a reader of the results must know of them.
+    headline: the metric that is told first. shown: inputs on which output errors are measured. per_token: outputs are
+    [B, T, classes], and each of the T answers counts. classes: names of what is told apart, where there are some.
+    """
+
+    headline: ClassVar[str]
+    shown: ClassVar[int]
+    per_token: ClassVar[bool] = False
+
+    train: E
+    validation: E | None
+    test: E
+    notes: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """See the class."""
+        return ()
+
+    def sample(self, count: int) -> Tensor:
+        """Return the first ``count`` training inputs, not augmented: [count, ...]."""
+        return self.train.gather(range(min(count, len(self.train))))[0]
+
+    @abc.abstractmethod
+    def build(self, recipe: Recipe) -> tuple[nn.Module, tuple[str, ...]]:
+        """Build the float model, seeded, with its weights; return it and what a reader must know of it."""
+
+    @abc.abstractmethod
+    def loss(self, label_smoothing: float = 0.0) -> Loss:
+        """Return what is trained on: (model, batch) -> scalar."""
+
+    @abc.abstractmethod
+    def answers(self, model: Answer, examples: E, batch_size: int) -> Iterator[Pair]:
+        """Yield (outputs, right answers) of all examples in order, on the CPU, of a module or any callable."""
+
+    @abc.abstractmethod
+    def score(self, pairs: Iterable[Pair], examples: E) -> dict[str, Any]:
+        """Return the metrics of what ``answers`` yields for ``examples``."""
+
+    @abc.abstractmethod
+    def some(self, count: int, batch_size: int, seed: int) -> Iterator[Pair]:
+        """Iterate over batches of a representative choice of the training examples."""
+
+    def evaluate(self, model: Answer, examples: E, batch_size: int) -> dict[str, Any]:
+        """Return the metrics of a model, or of any callable from inputs to outputs."""
+        return self.score(self.answers(model, examples, batch_size), examples)
+
+    def calibration(self, recipe: Recipe) -> list[Tensor]:
+        """Return the inputs that set the ranges of activations."""
+        count = recipe.evaluate.calibration_examples
+        return [inputs for inputs, _ in self.some(count, count, recipe.seed)]
+
+    def sensitivity(self, recipe: Recipe) -> Iterator[Pair]:
+        """Iterate over the batches that a sensitivity is measured on."""
+        return self.some(SENSITIVITY_EXAMPLES, SENSITIVITY_BATCH, recipe.seed)
