@@ -132,11 +132,11 @@ def _emit(model: nn.Module, mode: str) -> dict[str, str]:
     """Replace quantizers and packed weights by what they become in ONNX; return the weight type by layer."""
     types: dict[str, str] = {}
     emitted: dict[PackedWeight, EmitWeight] = {}
-    for name, layer in quantized_layers(model).items():
-        if not isinstance(layer, PackedLayer):
-            continue
+    layers = {name: layer for name, layer in quantized_layers(model).items() if isinstance(layer, PackedLayer)}
+    tables = {layer.packed for layer in layers.values() if not layer.is_linear}  # linear layers may share them
+    for name, layer in layers.items():
         weight = layer.packed
-        linear = layer.is_linear
+        linear = layer.is_linear and weight not in tables
         boxed = layer.input_quantizer is not None or not linear
         outputs = weight.shape[layer.channel_axis] if linear else 0
         kind = weight_type(weight, boxed, mode, outputs)
