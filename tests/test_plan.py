@@ -24,10 +24,12 @@ NAMES = ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "fc"]
 @st.composite
 def tensor_plans(draw: st.DrawFn, bits: tuple[int, ...] = ACTIVATION_BITS) -> TensorPlan:
     granularity = draw(st.sampled_from(GRANULARITIES))
+    symmetric = draw(st.booleans())
     return TensorPlan(
         bits=draw(st.sampled_from(bits)),
         quantizer=draw(st.sampled_from(("ste", "lsq", "lsq+"))),
-        symmetric=draw(st.booleans()),
+        symmetric=symmetric,
+        sparsity=draw(st.sampled_from([None, "2:4", "1:8"])) if symmetric and bits == WEIGHT_BITS else None,
         granularity=granularity,
         block=draw(st.integers(1, 256)) if granularity == "block" else None,
         range=draw(st.sampled_from(RANGES)),

@@ -174,4 +174,6 @@ def _check_sparsity(plan: TensorPlan, cls: type[Quantizer], grouping: Grouping, 
     if plan.block is not None and plan.block < length and plan.block % pattern.of:
         raise PlanError(f"block={plan.block} cuts groups of {pattern.of} weights: use a multiple of {pattern.of}")
     if plan.granularity in ("channel", "head") and (grouping.axis - grouping.contraction) % len(shape) == 0:
-        raise PlanError(f"sparsity={plan.sparsity!r} along axis {grouping.axis} cannot share it with one scale an index")
+        raise PlanError(
+            f"sparsity={plan.sparsity!r} cannot run along axis {grouping.axis}, which has a scale for each index"
+        )

@@ -11,9 +11,9 @@ from fewbits.errors import PlanError
 from fewbits.plan import TensorPlan
 from fewbits.quantizers.base import register_quantizer
 from fewbits.quantizers.codes import make_grid
-from fewbits.quantizers.dynamic import Dynamic, Fit, Rule, bounded, largest, mean_magnitude, spread, to_grid
+from fewbits.quantizers.dynamic import HUGE, Dynamic, Fit, Rule, bounded, largest, mean_magnitude, spread, to_grid
 from fewbits.quantizers.grouping import Grouping
-from fewbits.quantizers.ranges import TINY, largest_scale
+from fewbits.quantizers.ranges import TINY
 from fewbits.quantizers.uniform import LSQ
 
 
@@ -40,7 +40,7 @@ class AbsMax(Rule):
             scale = mean_magnitude(x.masked_fill(pruned, 0.0)) * (x.shape[1] / kept)
         values = to_grid(x / scale, self.grid)
         values = values if pruned is None else values.masked_fill_(pruned, 0.0)
-        return Fit(values, scale.clamp_(max=largest_scale(self.grid)), None)
+        return Fit(values, scale.clamp_(max=HUGE / self.grid.highest), None)
 
 
 class Sign(Rule):

@@ -19,7 +19,7 @@ from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.codes import Codes, Grid, cast
 from fewbits.quantizers.fake_quantize import TILE
 from fewbits.quantizers.grouping import Grouping
-from fewbits.quantizers.ranges import TINY, largest_scale
+from fewbits.quantizers.ranges import TINY
 from fewbits.quantizers.recompute import Recomputable, recall, remember
 
 HUGE = torch.finfo(torch.float32).max / 1.01  # finite also when rounded to bfloat16
@@ -153,7 +153,7 @@ class Dynamic(Quantizer):
         if not x.numel():
             return x
         y: Tensor = DynamicQuantize.apply(x, self.pruned(x), self.rule, self.grouping)
-        remember(y, DynamicQuantize, y.grad_fn)
+        remember(y, DynamicQuantize, y)
         return y
 
     def encode(self, x: Tensor) -> Codes:
@@ -175,14 +175,14 @@ def spread(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     float saturate.
     """
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-    step = (high / grid.highest - low / grid.highest).clamp_(TINY, largest_scale(grid))
+    step = (high / grid.highest - low / grid.highest).clamp_(TINY, HUGE / grid.highest)
     return (x - low).div_(step).clamp_(0.0, grid.highest), step, low
 
 
 def to_grid(f: Tensor, grid: Grid) -> Tensor:
     """Return f rounded to the symmetric grid, in memory of its own; on a grid without a zero, 0 goes to +1."""
     if grid.bits == 1:
-        return torch.where(f < 0, -1.0, 1.0).to(f.dtype)
+        return f.sign().add_(0.5).sign_()
     if grid.step == 2:
         return f.sub(1.0).div_(2.0).round_().mul_(2.0).add_(1.0).clamp_(grid.lowest, grid.highest)
     return f.round().clamp_(grid.lowest, grid.highest)
@@ -200,6 +200,6 @@ def mean_magnitude(x: Tensor) -> Tensor:
 
 def bounded(scale: Tensor, offset: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Return scale and offset of 0..highest held to where every product and every sum is a finite number; scale > 0."""
-    top = largest_scale(grid)
-    offset = offset.clamp(-top * grid.highest, top * grid.highest)
+    top = HUGE / grid.highest
+    offset = offset.clamp(-HUGE, HUGE)
     return torch.minimum(scale.clamp(max=top), top - offset / grid.highest).clamp_(min=TINY), offset

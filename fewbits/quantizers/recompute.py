@@ -45,10 +45,12 @@ def recall(ctx: Any) -> tuple[tuple[Any, ...], Tensor | None]:
     return saved, y
 
 
-def remember(y: Tensor, function: type[Recomputable], node: Any) -> None:
-    """Note on y, an output of ``function`` with the graph node ``node``, that it can be recomputed."""
-    if node is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        y.recompute = partial(function.recompute, node)  # type: ignore[attr-defined]
+def remember(y: Tensor, function: type[Recomputable], output: Tensor) -> None:
+    """Note on y, which is the output of ``function`` or a view of all of it, that it can be recomputed."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or output.grad_fn is None:
+        return
+    if y.data_ptr() == output.data_ptr():
+        y.recompute = partial(function.recompute, output.grad_fn)  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from fewbits.quantizers.codes import Grid
-from fewbits.quantizers.dynamic import Fit, Rule, bounded, largest, mean_magnitude, spread, to_grid
-from fewbits.quantizers.ranges import TINY, largest_scale
+from fewbits.quantizers.dynamic import HUGE, Fit, Rule, bounded, largest, mean_magnitude, spread, to_grid
+from fewbits.quantizers.ranges import TINY
 
 
 def denoise(
@@ -103,7 +103,7 @@ class Ridge(Rule):
         m = self.moments(x, pruned)
         scale = m.step * m.slope
         if m.low is None:
-            return Fit(m.q, scale.clamp_(TINY, largest_scale(self.grid)), None)
+            return Fit(m.q, scale.clamp_(TINY, HUGE / self.grid.highest), None)
         assert m.mean_f is not None and m.mean_q is not None
         offset = m.low + m.step * (m.mean_f - m.slope * m.mean_q)
         return Fit(m.f.round_(), *bounded(scale, offset, self.grid))

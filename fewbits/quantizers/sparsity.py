@@ -14,12 +14,19 @@ from fewbits.plan import Sparsity
 
 
 def find_pruned(x: Tensor, pattern: Sparsity, axis: int) -> Tensor:
-    """Return where x is pruned, bool of its shape. Ties keep the lower index. M must divide the size of ``axis``."""
+    """Return where x is pruned, bool of its shape. Ties keep the lower index. M must divide the size of ``axis``.
+
+    Each value counts those of its group that go before it; all pairs at one distance are compared at once, which takes
+    a fraction of the time of sorting.
+    """
     moved = x.movedim(axis, -1)
-    groups = moved.reshape(*moved.shape[:-1], moved.shape[-1] // pattern.of, pattern.of)
-    order = torch.sort(groups.abs(), dim=-1, descending=True, stable=True).indices
-    pruned = torch.ones_like(groups, dtype=torch.bool).scatter_(-1, order[..., : pattern.kept], False)
-    return pruned.flatten(-2).movedim(-1, axis)
+    size = moved.abs().reshape(-1, pattern.of).T.contiguous()  # [M, groups]
+    before = torch.zeros(size.shape, dtype=torch.uint8, device=x.device)  # M - 1 <= 255
+    for distance in range(1, pattern.of):
+        first = size[:-distance] >= size[distance:]
+        before[distance:] += first.view(torch.uint8)
+        before[:-distance] += first.logical_not().view(torch.uint8)
+    return (before >= pattern.kept).T.reshape(moved.shape).movedim(-1, axis)
 
 
 def kept_values(rows: Tensor, pruned: Tensor) -> Tensor:

@@ -30,6 +30,11 @@ def test_each_operand_weighs_with_its_own_bits() -> None:
     assert bops(plan, SHAPE) == 1000 * 2 * 4 + 100 * 8 * 32 + 10 * 6 * 6
 
 
+def test_sparse_weights_do_their_share() -> None:
+    plan = Plan((("conv", LayerPlan(TensorPlan(1, sparsity="2:8"), TensorPlan(4))),))
+    assert bops(plan, SHAPE) == 1000 * 4 // 4 + 110 * 32 * 32
+
+
 def test_a_shape_without_an_example_has_no_operations() -> None:
     model = nn.Linear(3, 4)
     with pytest.raises(PlanError, match="with an example"):

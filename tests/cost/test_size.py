@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fewbits.cost import LayerShape, ModelShape, layer_size, model_shape, size
+from fewbits.cost import LayerShape, ModelShape, arithmetic_bits, layer_size, model_shape, size, stored_bits
 from fewbits.errors import PlanError
 from fewbits.plan import LayerPlan, Plan, TensorPlan
 
@@ -39,6 +40,27 @@ def test_scales_and_zero_points(plan: TensorPlan, scales: int, symmetric: bool) 
     layer = LayerShape("conv", "Conv2d", (5, 3, 3, 3), out_channels=5)
     plan = TensorPlan(4, granularity=plan.granularity, block=plan.block, symmetric=symmetric)
     assert layer_size(layer, LayerPlan(plan)).scales == scales * (4 if symmetric else 8)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "stored", "arithmetic"),
+    [("1:2", 1.0, 0.5), ("2:4", 1.5, 0.5), ("2:8", 1.0, 0.25), ("1:4", 0.75, 0.25), ("1:8", 0.5, 0.125), (None, 1, 1)],
+)
+def test_bits_of_a_sparse_weight(sparsity: str | None, stored: float, arithmetic: float) -> None:
+    plan = TensorPlan(1, sparsity=sparsity)
+    assert (stored_bits(plan), arithmetic_bits(plan)) == (stored, arithmetic)
+    layer = LayerShape("head", "Linear", (16, 128), out_channels=16)
+    assert layer_size(layer, LayerPlan(plan)).codes == 16 * 128 * stored / 8
+    shape = ModelShape((layer,))
+    assert size(Plan((("*", LayerPlan(plan)),)), shape).average_weight_bits == stored
+
+
+@pytest.mark.parametrize(("symmetric", "overhead"), [(False, 0.5), (True, 0.25)])
+def test_scales_of_blocks_of_128(symmetric: bool, overhead: float) -> None:
+    """One float32 scale (and offset) a block."""
+    layer = LayerShape("head", "Linear", (16, 512), out_channels=16)
+    plan = TensorPlan(1, "denoise", symmetric=symmetric, granularity="block", block=128)
+    assert layer_size(layer, LayerPlan(plan)).scales * 8 / layer.numel == overhead
 
 
 def test_a_folded_norm_goes_and_leaves_a_bias_and_channel_scales() -> None:
@@ -98,12 +120,17 @@ def tensor_bytes(model: nn.Module, example: Tensor | None) -> int:
         return sum(blob.numel() for blob in read(path)[0].values())
 
 
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"symmetric": False},
+    {"quantizer": "denoise"},
+    {"quantizer": "denoise", "symmetric": False},
+    {"sparsity": "1:2"},
+]
 weights = st.builds(
-    lambda bits, symmetric, where: TensorPlan(
-        bits, symmetric=symmetric, granularity=where[0], block=where[1], range="minmax"
-    ),
+    lambda bits, kind, where: TensorPlan(bits, granularity=where[0], block=where[1], range="minmax", **kind),
     st.integers(1, 8),
-    st.booleans(),
+    st.sampled_from(KINDS),
     st.sampled_from([("tensor", None), ("channel", None), ("block", 4)]),
 )
 activations = st.none() | st.builds(
@@ -126,6 +153,8 @@ def test_size_is_that_of_the_packed_file(
     rules: list[Any] = []
     for layer in model_shape(model).layers:
         weight = tied if layer.name in ("head", "twin") else data.draw(st.none() | weights, label=layer.name)
+        if weight is not None and layer.weight_shape[layer.contraction_axis] % 2:
+            weight = replace(weight, sparsity=None)
         rules.append((layer.name, LayerPlan(weight, one_input, operands if layer.heads else None)))
     rules += [("bn", LayerPlan(output=output))] * (output is not None)
     plan = Plan(tuple(rules))

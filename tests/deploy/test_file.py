@@ -55,6 +55,41 @@ def test_unfolded_and_weight_only_models_load_too(tmp_path: Path) -> None:
         assert torch.equal(fb.load(tmp_path / f"{number}.safetensors", Residual())(x), packed(x))
 
 
+def linear(**weight: Any) -> nn.Module:
+    """Return a quantized linear layer of 64 x 128 weights."""
+    return fb.quantize(nn.Sequential(nn.Linear(128, 64, bias=False)), plan_for(1, None, **weight), verbose=False)
+
+
+@pytest.mark.parametrize("kind", [{"quantizer": "denoise", "symmetric": False}, {"sparsity": "2:4"}])
+def test_offsets_and_positions_survive_the_file(tmp_path: Path, kind: dict[str, Any]) -> None:
+    packed: Any = fb.pack(linear(granularity="block", block=64, **kind))
+    fb.save(packed, tmp_path / "m.safetensors")
+    loaded: Any = fb.load(tmp_path / "m.safetensors", nn.Sequential(nn.Linear(128, 64, bias=False)))
+    x = torch.randn(3, 128)
+    assert torch.equal(loaded(x), packed(x))
+    assert torch.equal(loaded[0].packed.get().values, packed[0].packed.get().values)
+
+
+def test_a_sparse_file_is_as_small_as_its_index_coding(tmp_path: Path) -> None:
+    dense = fb.save(fb.pack(linear(quantizer="denoise")), tmp_path / "dense.safetensors")
+    sparse = fb.save(fb.pack(linear(quantizer="denoise", sparsity="1:8")), tmp_path / "sparse.safetensors")
+    assert dense - sparse == pytest.approx(64 * 128 * (1 - 0.5) / 8, abs=100)  # half a bit a weight
+
+
+def test_a_sparse_weight_without_positions_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    fb.save(fb.pack(linear(sparsity="2:4")), path)
+
+    def drop(manifest: dict[str, Any]) -> None:
+        sections = manifest["sections"]["0"]
+        manifest["sections"]["0"] = [s for s in sections if not s[0].endswith("positions")]
+
+    rewrite(path, drop)
+    model = nn.Sequential(nn.Linear(128, 64, bias=False))
+    with pytest.raises(PackedFileError, match=r"2:4 sparse weight of shape .* has no positions|the stream has"):
+        fb.load(path, model)(torch.randn(1, 128))
+
+
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

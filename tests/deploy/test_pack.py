@@ -10,24 +10,41 @@ from fewbits.deploy import PackedLayer, code_mismatches
 from fewbits.errors import PlanError, QuantizationError
 from tests.deploy.models import Residual, plan_for, quantized, randomize
 
+KINDS = {
+    "lsq": {},
+    "sparse lsq": {"sparsity": "1:2"},
+    "denoise affine": {"quantizer": "denoise", "symmetric": False},
+    "denoise linear": {"quantizer": "denoise"},
+    "sparse denoise": {"quantizer": "denoise", "sparsity": "2:4"},
+    "dynamic": {"quantizer": "dynamic", "symmetric": False},
+}
 
+
+def plan_of(kind: str, bits: int, act: int | None, granularity: str) -> Plan:
+    """Return one rule for all layers; where sparse, with a dense first one, whose three channels have no groups."""
+    block = None if granularity != "block" else 4 if "sparsity" in KINDS[kind] else 3
+    plan = plan_for(bits, act, granularity=granularity, block=block, **KINDS[kind])
+    dense = plan_for(bits, act, granularity=granularity, block=block).rules[0][1]
+    return plan.override(("conv1", dense)) if "sparsity" in KINDS[kind] else plan
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_packed_equals_trained_bit_for_bit(bits: int, granularity: str) -> None:
+def test_packed_equals_trained_bit_for_bit(bits: int, granularity: str, kind: str) -> None:
     x = torch.randn(4, 3, 12, 12)
-    block = 3 if granularity == "block" else None
-    model = quantized(randomize(Residual()), plan_for(bits, 4, granularity=granularity, block=block), [x])
+    model = quantized(randomize(Residual()), plan_of(kind, bits, 4, granularity), [x])
     packed = fb.pack(model)
     assert torch.equal(packed(x), model(x))
     assert code_mismatches(model, packed) == 0
     assert not any(name.endswith("conv1.weight") for name, _ in packed.named_parameters())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
-def test_folded_norms_change_no_more_than_float32_rounding(granularity: str) -> None:
+def test_folded_norms_change_no_more_than_float32_rounding(granularity: str, kind: str) -> None:
     x = torch.randn(4, 3, 12, 12)
-    block = 3 if granularity == "block" else None
-    model = quantized(randomize(Residual()), plan_for(3, None, granularity=granularity, block=block), [x])
+    model = quantized(randomize(Residual()), plan_of(kind, 3, None, granularity), [x])
     packed = fb.pack(model, x)
     assert packed.folded == {"bn1": "conv1", "bn2": "conv2"}
     assert isinstance(packed.bn1, nn.Identity)

@@ -1,4 +1,4 @@
-"""The law decode(encode(x)) == forward(x), for every uniform quantizer, width, granularity, range and dtype."""
+"""The law decode(encode(x)) == forward(x), for every quantizer, width, granularity, sparsity, range and dtype."""
 
 from __future__ import annotations
 
@@ -79,26 +79,41 @@ def perturb(quantizer: Quantizer, how: str) -> None:
             parameter.copy_(change(parameter))
 
 
+def options_of(name: str, symmetric: bool) -> st.SearchStrategy[dict[str, Any]]:
+    """Return what may be given as options."""
+    menu: list[dict[str, Any]] = [{}]
+    if name in ("ste", "lsq") and symmetric:
+        menu += [{"narrow": True}, {"narrow": False}, {"odd": True}, {"odd": False}]
+    if name == "denoise":
+        menu += [{"lam": lam, "gradient": g} for lam in (1e-30, 1e-4, 1e30) for g in ("denoise", "gain", "ste")]
+        menu += [{"detach_range": True}, *([{"odd": True}] if symmetric else [])]
+    return st.sampled_from(menu)
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    name = draw(st.sampled_from(("ste", "lsq", "lsq+")))
-    bits = draw(st.sampled_from(ACTIVATION_BITS))
-    symmetric = False if name == "lsq+" else draw(st.booleans())
-    shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=4)))
+    name = draw(st.sampled_from(("ste", "lsq", "lsq+", "denoise", "dynamic", "bitnet", "paretoq")))
+    bits = draw(st.sampled_from({"bitnet": (1, 2), "paretoq": (1,)}.get(name, ACTIVATION_BITS)))
+    symmetric = name in ("bitnet", "paretoq") or (name != "lsq+" and draw(st.booleans()))
+    shape = tuple(draw(st.lists(st.integers(1, 8), min_size=1, max_size=4)))
     granularity = draw(st.sampled_from(("tensor", "channel", "block", "head")))
-    menu: list[dict[str, Any]] = [{}, {"narrow": True}, {"narrow": False}, {"odd": True}, {"odd": False}]
-    options = draw(st.sampled_from(menu)) if symmetric else {}
+    block = draw(st.integers(1, 9)) if granularity == "block" else None
+    axis, contraction = draw(st.integers(0, len(shape) - 1)), draw(st.integers(-1, len(shape) - 1))
+    groups = [m for m in range(2, 9) if shape[contraction] % m == 0 and (block or m) % m == 0]
+    apart = (axis - contraction) % len(shape) != 0 or granularity in ("tensor", "block")
+    groups = groups if symmetric and apart and QUANTIZERS[name].can_prune and draw(st.booleans()) else []
+    of = draw(st.sampled_from(groups)) if groups else 0
     plan = TensorPlan(
         bits=bits,
         quantizer=name,
         symmetric=symmetric,
         granularity=granularity,
-        block=draw(st.integers(1, 9)) if granularity == "block" else None,
+        block=block,
         range=draw(st.sampled_from(("minmax", "percentile", "mse"))),
-        options=options,
+        sparsity=f"{draw(st.integers(1, of - 1))}:{of}" if of else None,
+        options=draw(options_of(name, symmetric)),
     )
     x = values(draw(st.sampled_from(KINDS)), shape, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99)))
-    axis, contraction = draw(st.integers(0, len(shape) - 1)), draw(st.integers(-1, len(shape) - 1))
     how = draw(st.sampled_from(PERTURBATIONS))
     return Case(plan, x, axis, contraction, how)
 
@@ -113,9 +128,12 @@ def test_decode_of_encode_is_forward(case: Case) -> None:
     assert y.shape == case.x.shape and y.dtype == case.x.dtype
     assert bool(torch.isfinite(y).all())
     assert not codes.values.is_floating_point() and codes.values.shape == case.x.shape
-    index = codes.grid.index(codes.values)
+    pruned = quantizer.pruned(case.x)
+    assert pruned is None or bool((codes.values[pruned] == 0).all())
+    kept = codes.values if pruned is None else codes.values[~pruned]
+    index = codes.grid.index(kept)
     assert int(index.min()) >= 0 and int(index.max()) <= 2**case.plan.bits - 1
-    assert torch.equal(codes.grid.value(index), codes.values)  # on the grid, also where it steps by 2
+    assert torch.equal(codes.grid.value(index), kept)  # on the grid, also where it steps by 2
     assert int(codes.values.min()) >= codes.grid.lowest and int(codes.values.max()) <= codes.grid.highest
     assert bool((codes.scale > 0).all()) and bool(torch.isfinite(codes.scale).all())
     if codes.zero_point is not None:
