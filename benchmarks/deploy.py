@@ -20,6 +20,7 @@ from fewbits import LayerPlan, Plan, TensorPlan
 from fewbits.cost import model_shape, size
 from fewbits.deploy import export_float
 from fewbits.deploy.verify import engine_name, latencies, open_session
+from fewbits.layers import open_ends
 from fewbits.tasks import build_model
 
 OUTPUT = LayerPlan(output=TensorPlan(8, "ste", symmetric=False))
@@ -57,7 +58,7 @@ def measure(model: nn.Module, bits: int, x: Tensor, folder: Path) -> tuple[str, 
     """Return the sizes of one model at one width as cells, and the two ONNX files."""
     plan = fb.uniform_plan(model, bits, 4 if bits > 1 else 8, quantizer="ste", range="minmax")
     ideal = size(plan, model_shape(model, x)).total
-    plan = Plan((*plan, *((n, OUTPUT) for n in ends_of_branches(model))))
+    plan = Plan((*plan, *((n, OUTPUT) for n in open_ends(model, x))))
     fb.calibrate(fb.quantize(model, plan, verbose=False), [x])
     packed = fb.pack(model, x)
     file = fb.save(packed, folder / "m.safetensors")
@@ -65,12 +66,6 @@ def measure(model: nn.Module, bits: int, x: Tensor, folder: Path) -> tuple[str, 
     written = {mode: fb.export_onnx(packed, path, x, mode=mode).file_bytes for mode, path in paths.items()}
     over = [f"{n:,} ({100 * (n / ideal - 1):+.1f} %)" for n in (file, written["smallest"])]
     return f"{ideal:,} | {over[0]} | {over[1]} | {written['fastest']:,}", paths["fastest"], paths["smallest"]
-
-
-def ends_of_branches(model: nn.Module) -> list[str]:
-    """Return the batch norms whose result is pooled, or added to another branch, before the next quantizer."""
-    norms = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    return [n for n in norms if n == "bn1" or n.endswith(("bn2", "sample.1"))]
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewbits.allocate import Budget, Style, allocate, uniform_plan
-from fewbits.cost import ModelShape, model_shape
+from fewbits.cost import model_shape
 from fewbits.errors import PlanError, nearest
-from fewbits.layers import quantize
+from fewbits.layers import open_ends, quantize
 from fewbits.plan import LayerPlan, Plan, layer_plan
 from fewbits.recipes.schema import PlanRules, Recipe
 from fewbits.tasks.classification import cross_entropy
@@ -36,7 +36,7 @@ def make_plan(
     given = recipe.plan
     plan = _decide(model, recipe, example, batches, loss)
     plan = plan.override(*given.explicit_rules())
-    outputs = _outputs(given, plan, model_shape(model, example))
+    outputs = _outputs(given, plan, model, example)
     plan = plan.override(*outputs)
     return replace(plan, decided_from={**plan.decided_from, "method": given.method, "seed": recipe.seed})
 
@@ -73,14 +73,18 @@ def _decide(model: nn.Module, recipe: Recipe, example: Tensor, batches: Iterable
     return allocate(model, budget, method=given.method, example=example, menu=given.menu, **style, **options)
 
 
-def _outputs(given: PlanRules, plan: Plan, shape: ModelShape) -> list[tuple[str, LayerPlan | None]]:
+def _outputs(given: PlanRules, plan: Plan, model: nn.Module, example: Tensor) -> list[tuple[str, LayerPlan | None]]:
     """Return a rule for every result that ``outputs`` names: what the plan says of the layer, and its output."""
+    shape = model_shape(model, example)
     decided, known = plan.resolve(shape.names, shape.outputs), (*shape.names, *shape.outputs)
     output = Style(quantizer=given.quantizer, act_quantizer=given.act_quantizer, range=given.range).activation(
         given.output_bits
     )
     rules: list[tuple[str, LayerPlan | None]] = []
-    for pattern in given.outputs:
+    patterns = given.outputs
+    if patterns == "auto":
+        patterns = open_ends(model, example, [name for name, layer in decided.items() if layer and layer.input])
+    for pattern in patterns:
         hits = fnmatch.filter(known, pattern)
         if not hits:
             raise PlanError(f"plan.outputs: {pattern!r} matches no layer and no norm{nearest(pattern, known)}")

@@ -148,8 +148,8 @@ class PlanRules(Section):
     """The method's own options, e.g. `sensitivity: fisher`."""
     output_bits: int = 8
     """Bits of the results named in `outputs`."""
-    outputs: list[str] = []
-    """Patterns of layers and norms whose result is quantized too: ends of residual branches."""
+    outputs: list[str] | Literal["auto"] = []
+    """Patterns of layers and norms whose result is quantized too; auto: where integer convolutions need it."""
     rules: list[tuple[str, dict[str, Any] | None]] = []
     """Pairs [pattern, layer plan or null for float], which win over the method's choice."""
 

@@ -51,6 +51,17 @@ def test_results_are_quantized_by_pattern_and_keep_their_weights() -> None:
     assert outputs["layer1.0.bn2"].weight is None
 
 
+def test_results_that_engines_need_quantized_are_found() -> None:
+    model, example = CifarResNet(8), torch.zeros(1, 3, 32, 32)
+    plan = planned(model, example, plan={"weight_bits": 4, "act_bits": 4, "outputs": "auto", "output_bits": 6})
+    outputs = {name: layer.output.bits for name, layer in plan if layer is not None and layer.output is not None}
+    found = {"bn1", *(f"layer{i}.0.bn2" for i in (1, 2, 3))}
+    assert set(outputs) >= found and set(outputs.values()) == {6}
+    assert not any(name.endswith("bn1") and name != "bn1" for name in outputs)
+    weights_only = planned(model, example, plan={"weight_bits": 4, "outputs": "auto"})
+    assert all(layer is None or layer.output is None for _, layer in weights_only)
+
+
 def test_a_pattern_of_results_that_matches_nothing_is_an_error() -> None:
     with pytest.raises(PlanError, match=r"plan\.outputs: 'features\.11' matches no layer.*'features\.1"):
         planned(ReferenceCNN(), plan={"weight_bits": 4, "outputs": ["features.11"]})
