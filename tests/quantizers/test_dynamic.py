@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fewbits.layers import calibrate, quantize
 from fewbits.plan import LayerPlan, Plan, TensorPlan
@@ -133,3 +134,15 @@ def test_no_gradient_for_what_asks_for_none() -> None:
         assert not qx(x.detach()).requires_grad
     with torch.no_grad():
         assert not qw(w).requires_grad
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    qx, qw, x, w = pair("denoise sparse")
+
+    def part(x: Tensor) -> Tensor:
+        return run(F.conv2d, qx, qw, x, w).relu()
+
+    wanted = torch.autograd.grad(part(x).square().sum(), [x, w])
+    checkpoint(part, x, use_reentrant=reentrant).square().sum().backward()
+    assert all(torch.equal(leaf.grad, want) for leaf, want in zip((x, w), wanted))  # type: ignore[arg-type]
