@@ -97,9 +97,12 @@ def trace(model: nn.Module, example: Any, opset: int, dynamic_batch: bool) -> An
         own = _own(error)
         if own is not None:
             raise ExportError(str(own)) from error
-        reason = str(error).strip().splitlines()
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the exporter's own message is advice, and says nothing of the reason
+            cause = cause.__cause__
+        reason = str(cause).strip().splitlines()
         raise ExportError(
-            f"PyTorch could not export this model to ONNX ({reason[0] if reason else type(error).__name__}); "
+            f"PyTorch could not export this model to ONNX ({reason[0] if reason else type(cause).__name__}); "
             "does the float model export, and with dynamic_batch=False?"
         ) from error
     assert program is not None

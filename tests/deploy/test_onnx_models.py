@@ -69,8 +69,10 @@ def test_attention_embedding_keyword_inputs_and_an_unused_layer(mode: str, tmp_p
         torch.testing.assert_close(got, packed(**part), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("head_first", [False, True])
-def test_a_head_that_shares_the_weight_of_an_embedding(head_first: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("head_first", "bits", "mode"), [(False, 8, "fastest"), (True, 8, "fastest"), (True, 2, "smallest")]
+)
+def test_a_head_that_shares_the_weight_of_an_embedding(head_first: bool, bits: int, mode: str, tmp_path: Path) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -84,9 +86,10 @@ def test_a_head_that_shares_the_weight_of_an_embedding(head_first: bool, tmp_pat
             return head(embed(tokens).mean(1))
 
     tokens = torch.randint(9, (3, 5))
-    packed = fb.pack(fb.calibrate(fb.quantize(Tied(), W8A8, verbose=False), [tokens]), tokens)
-    report = fb.export_onnx(packed, tmp_path / "m.onnx", tokens)
-    assert report.weight_types == {"a": "INT8"}  # one weight in the file
+    plan = Plan((("*", LayerPlan(TensorPlan(bits, "ste", granularity="channel"), A8)),))
+    packed = fb.pack(fb.calibrate(fb.quantize(Tied(), plan, verbose=False), [tokens]), tokens)
+    report = fb.export_onnx(packed, tmp_path / "m.onnx", tokens, mode=mode)
+    assert report.weight_types == {"a": f"INT{bits}"}  # one weight in the file
     torch.testing.assert_close(run(tmp_path / "m.onnx", tokens)[0], packed(tokens), rtol=0, atol=1e-6)
 
 
