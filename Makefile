@@ -20,6 +20,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks.qat_cost
 	$(BIN)/python -m benchmarks.deploy
+	$(BIN)/python -m benchmarks.onnx_zoo
 	$(BIN)/python -m benchmarks.cifar10_qat
 
 $(VENV)/ready: pyproject.toml constraints.txt

@@ -9,13 +9,10 @@ import fewbits as fb
 from fewbits import LayerPlan, Plan, TensorPlan
 from fewbits.deploy import PackedLayer, code_mismatches
 from fewbits.layers import call, quantizable, quantized_layers
-from tests.zoo import ZOO, settle, tensors
+from tests.zoo import READ_DIRECTLY, ZOO, settle, tensors
 
 ACTIVATION = TensorPlan(8, symmetric=False, range="minmax")
 PLAN = Plan((("*", LayerPlan(TensorPlan(4, granularity="channel", range="minmax"), ACTIVATION, ACTIVATION)),))
-
-
-READ_DIRECTLY = {"model.query_position_embeddings"}  # DETR reads this table's weight; ``calibrate`` warns of it
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -114,6 +114,8 @@ def _owlvit() -> Made:
     return hf.OwlViTForObjectDetection(config), batch
 
 
+READ_DIRECTLY = {"model.query_position_embeddings"}  # DETR reads this table's weight; ``calibrate`` refuses it
+
 ZOO: dict[str, Callable[[], Made]] = {
     "torchvision:resnet18": _image_model("resnet18"),
     "torchvision:mobilenet_v3_small": _image_model("mobilenet_v3_small"),
