@@ -36,13 +36,13 @@ Out = Annotated[Path | None, typer.Option("--out", help="Run folder.  [default: 
 To = Annotated[Path | None, typer.Option("--to", help="File to write in place of that of the run.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that is in the folder.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: qat.epochs=3. May be repeated.")]
-SmokeRun = Annotated[bool, typer.Option("--smoke", help="A few steps on a few images, to see that all works.")]
+SmokeRun = Annotated[bool, typer.Option("--smoke", help="A few steps on a few examples, to see that all works.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
 Target = Annotated[Path, typer.Argument(help="Folder of a run, or a packed file in one.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime and PyTorch.")]
-Model = Annotated[str, typer.Argument(help="reference_cnn, resnet20, torchvision:NAME or timm:NAME.")]
-Input = Annotated[str | None, typer.Option("--input", help="Shape of an image: C,H,W.  [default: by model]")]
-Classes = Annotated[int | None, typer.Option(min=2, help="Number of classes.  [default: by model]")]
+Model = Annotated[str, typer.Argument(help="E.g. resnet20, gpt2, torchvision:NAME, timm:NAME, transformers:NAME.")]
+Input = Annotated[str | None, typer.Option("--input", help="Shape of an image, C,H,W, or tokens.  [default: by model]")]
+Classes = Annotated[int | None, typer.Option(min=2, help="Classes, or tokens of the vocabulary.  [default: by model]")]
 ActBits = Annotated[int | None, typer.Option(help="Bits of activations.  [default: float]")]
 FirstLast = Annotated[int, typer.Option(help="Least bits of the first and the last layer.")]
 
@@ -102,7 +102,7 @@ def allocate(
     out: Annotated[Path, typer.Option("--out", help="Plan to write.")] = Path("plan.json"),
     size_mb: Annotated[float | None, typer.Option(help="Budget: millions of bytes of the packed tensors.")] = None,
     average_bits: Annotated[float | None, typer.Option(help="Budget: mean bits of a weight.")] = None,
-    bops: Annotated[float | None, typer.Option(help="Budget: bit operations of one image.")] = None,
+    bops: Annotated[float | None, typer.Option(help="Budget: bit operations of one input.")] = None,
     method: Annotated[str, typer.Option(help="Allocation method.")] = "solver",
     menu: Annotated[str, typer.Option(help="Weight bits to choose from.")] = "2,3,4,6,8",
     act_bits: ActBits = None,
@@ -179,7 +179,7 @@ def verify(
 ) -> None:
     """Hold the ONNX file against the packed model.
 
-    Both run on the test images; the time of the float model is taken in turn.
+    Both run on the test examples; the time of the float model is taken in turn.
     """
     with _answer(as_json) as answer:
         from fewbits.recipes.revisit import reverify
@@ -190,13 +190,21 @@ def verify(
 @app.command()
 def bench(
     target: Annotated[Path, typer.Argument(help="Folder of a run, or an ONNX file.")],
-    batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Inputs a call.")] = 1,
     threads: Threads = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls; the median is told.")] = 50,
+    prompt: Annotated[str | None, typer.Option("--generate", help="Let a language model go on with this text.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to write.  [default: 64, or what fits]")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the choice of tokens; 0 takes the likeliest.")] = 0.0,
     as_json: Json = False,
 ) -> None:
     """Time the quantized model against float."""
     with _answer(as_json) as answer:
+        if prompt is not None:
+            from fewbits.recipes.writing import write_text
+
+            answer.update(write_text(target, prompt, tokens, threads, temperature))
+            return
         from fewbits.recipes.revisit import bench as time_it
 
         answer.update(time_it(target, batch, threads, rounds))

@@ -13,7 +13,9 @@ import yaml
 
 from fewbits.cli import main
 from fewbits.recipes.read import find
+from fewbits.recipes.runner import run
 from tests.recipes.runs import shared_run
+from tests.recipes.test_texts import recipe
 
 VERBS = ("demo", "run", "resume", "allocate", "cost", "pack", "export", "verify", "bench", "report")
 
@@ -68,6 +70,18 @@ def test_the_cost_of_resnet50_as_json(capsys: pytest.CaptureFixture[str]) -> Non
     assert {"name", "kind", "weights", "bits", "bytes", "macs", "bops"} == set(found["layers"][0])
 
 
+def test_the_cost_of_a_language_model_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "cost", "gpt_nano", "--classes", "65", "--input", "16")
+    assert found["input"] == [16] and {"blocks.0.attention.qkv", "head"} <= {row["name"] for row in found["layers"]}
+
+
+def test_a_language_model_writes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run(recipe(export=None).smoked(), tmp_path / "run", say=lambda text: None)
+    capsys.readouterr()  # the table of layers
+    found = answer(capsys, "bench", str(tmp_path / "run"), "--generate", "The ", "--tokens", "5")
+    assert found["prompt"] == "The " and found["tokens"] == 5 and found["tokens_per_second"] > 0
+
+
 def test_an_allocation_becomes_a_plan_that_cost_reads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     found = answer(capsys, "allocate", "reference_cnn", "--average-bits", "3", "--act-bits", "4", "--out", str(plan))
@@ -90,6 +104,9 @@ def test_an_allocation_becomes_a_plan_that_cost_reads(capsys: pytest.CaptureFixt
         (["resume", "nothing"], "'nothing' is no run folder"),
         (["report", "nothing"], "result.json does not exist"),
         (["bench", "nothing.onnx"], "'nothing.onnx' is no run folder"),
+        (["bench", "nothing", "--generate", "Once"], "'nothing' is no run folder"),
+        (["cost", "gpt_nan"], "unknown GPT configuration 'gpt_nan'; did you mean 'gpt_nano'"),
+        (["cost", "gpt_nano", "--input", "3,32,32"], "--input is the length of a window"),
     ],
 )
 def test_an_error_is_one_message_and_no_traceback(

@@ -38,6 +38,12 @@ def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(names["again"](x), names["packed"](x))
 
 
+def test_the_page_on_language(capfd: pytest.CaptureFixture[str]) -> None:
+    names = run("docs/language.md")
+    assert names["generate"](names["packed"], names["prompt"], 20).shape == (1, 26)
+    assert "left in float by the plan" in capfd.readouterr().out
+
+
 def test_the_quantizer_and_the_layer_of_extending(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "TWINS", dict(base.TWINS))
     try:

@@ -14,33 +14,63 @@ from fewbits.cost import bops, layer_bops, model_shape, size
 from fewbits.errors import RecipeError
 from fewbits.plan import Plan
 from fewbits.recipes.images import find_weights
+from fewbits.tasks.language import LIBRARY, build_language_model, is_language_model
 from fewbits.tasks.models import build_model
+from fewbits.tasks.weights import load_weights
 
 LIBRARY_INPUT, LIBRARY_CLASSES = (3, 224, 224), 1000
 INPUTS = {"reference_cnn": (1, 8, 8)}  # of our own models; the others read CIFAR's images
 OWN_INPUT, OWN_CLASSES = (3, 32, 32), 10
+WINDOW = 1024  # the most tokens of a language model's example
 
 
 def named_model(
     name: str, classes: int | None = None, input_shape: Sequence[int] | None = None, weights: str | None = None
 ) -> tuple[nn.Module, Tensor]:
-    """Build a model by name; return it and an example of one image [1, C, H, W].
+    """Build a model by name; return it and an example of one image [1, C, H, W], or of one window of tokens [1, T].
 
-    Raises RecipeError for an unknown name or a weights file that is not there.
+    classes: of a language model, its vocabulary. Raises RecipeError for an unknown name, a shape that the model does
+    not read, or a weights file that is not there.
     """
+    if is_language_model(name):
+        return _language_model(name, classes, input_shape, weights)
     library = ":" in name
     shape = tuple(input_shape or (LIBRARY_INPUT if library else INPUTS.get(name, OWN_INPUT)))
     torch.manual_seed(0)
-    path = None if weights is None else find_weights(weights)
-    if weights is not None and path is None:
-        raise RecipeError(f"the weights file {weights!r} does not exist; correct --weights")
+    path = _file(weights)
     count = classes or (LIBRARY_CLASSES if library else OWN_CLASSES)
     model = build_model(name, count, shape[0], pretrained_path=path)
     return model.eval(), torch.zeros(1, *shape)
 
 
+def _language_model(
+    name: str, vocabulary: int | None, input_shape: Sequence[int] | None, weights: str | None
+) -> tuple[nn.Module, Tensor]:
+    """Build a language model; the context of our own is what is asked for, if anything is."""
+    own = not name.startswith(LIBRARY)
+    if input_shape is not None and len(input_shape) != 1:
+        raise RecipeError(f"{name!r} reads tokens: --input is the length of a window, got {list(input_shape)}")
+    if vocabulary is not None and not own:
+        raise RecipeError(f"the vocabulary of {name!r} is fixed by its configuration; leave --classes out")
+    torch.manual_seed(0)
+    length = None if input_shape is None else input_shape[0]
+    asked = {"vocabulary": vocabulary, "context": length} if own else {}
+    model: Any = build_language_model(name, **{key: value for key, value in asked.items() if value is not None})
+    path = _file(weights)
+    if path is not None:
+        load_weights(model, path)
+    return model.eval(), torch.zeros(1, length or min(model.context or WINDOW, WINDOW), dtype=torch.int64)
+
+
+def _file(weights: str | None) -> Path | None:
+    path = None if weights is None else find_weights(weights)
+    if weights is not None and path is None:
+        raise RecipeError(f"the weights file {weights!r} does not exist; correct --weights")
+    return path
+
+
 def cost(model: nn.Module, example: Tensor, plan: Plan) -> dict[str, Any]:
-    """Return what a plan costs: layers, weights, bytes, bit operations of one image."""
+    """Return what a plan costs: layers, weights, bytes, bit operations of one input."""
     shape = model_shape(model, example)
     weighed, decided = size(plan, shape), plan.resolve(shape.names, shape.outputs)
     layers = [

@@ -16,8 +16,8 @@ HEAD = """# Recipe reference
 A recipe is a YAML file that `fewbits run RECIPE` takes from a float model to a verified few-bit file and a report.
 RECIPE is the name of one that comes with fewbits ({names}) or the path of your own. Any key can be changed for
 one run: `fewbits run digits --set plan.weight_bits=3 --set qat.epochs=10`. An unknown key is an error that names the
-nearest known one. `--smoke` cuts a recipe down to seconds and, where the data is not there, makes random images or takes
-the text that comes with Python.
+nearest known one. `--smoke` cuts a recipe down to seconds and, where the data is not there, makes random images or
+takes the text that comes with Python.
 
 This file is written from the schema by `python -m fewbits.recipes.reference`.
 """

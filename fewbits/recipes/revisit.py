@@ -98,6 +98,8 @@ def reverify(target: Path, onnx: Path | None, threads: int) -> dict[str, Any]:
     """Run the ONNX file of a run, or another, on the test examples beside the packed model."""
     run = Finished.open(target)
     packed, path = run.packed(), onnx or run.folder / "model.onnx"
+    if not path.is_file():
+        raise ExportError(f"{str(path)!r} does not exist: write it with 'fewbits export', or name another with --onnx")
     float_path = run.folder / "float/model.onnx"
     inputs = (x for x, _ in run.task.test.batches(run.recipe.evaluate.batch_size))
     report = verify(
@@ -122,7 +124,7 @@ def bench(target: Path, batch: int, threads: int, rounds: int) -> dict[str, Any]
     """
     alone = target.suffix == ".onnx" and target.is_file()
     forms, x = _onnx_alone(target, batch, threads) if alone else _forms(Finished.open(target), batch, threads)
-    with _torch_threads(threads), torch.no_grad():
+    with torch_threads(threads), torch.no_grad():
         times = _median_ms(forms, x, rounds)
     ratios = {name: times[name] / times[name.replace("quantized", "float")] for name in times if "quantized" in name}
     shape = list(x.shape)
@@ -130,19 +132,23 @@ def bench(target: Path, batch: int, threads: int, rounds: int) -> dict[str, Any]
 
 
 def _forms(run: Finished, batch: int, threads: int) -> tuple[dict[str, Callable[[Tensor], Any]], Tensor]:
-    first = run.task.sample(1)
+    first, forms = run.task.sample(1), _torch_forms(run)
     float_file = run.folder / "float/model.onnx"
+    if not (run.folder / "model.onnx").is_file():  # the recipe asked for none
+        return forms, first.repeat(batch, *[1] * (first.ndim - 1))
     if not float_file.is_file():
         float_file.parent.mkdir(exist_ok=True)
         export_float(run.float_model(), float_file, run.task.sample(2))
     quantized, original = (open_session(path, threads) for path in (run.folder / "model.onnx", float_file))
-    forms: dict[str, Callable[[Tensor], Any]] = {
+    onnx: dict[str, Callable[[Tensor], Any]] = {
         "onnx float": lambda x: original((x,)),
         "onnx quantized": lambda x: quantized((x,)),
-        "torch float": run.float_model(),
-        "torch quantized": run.packed(),
     }
-    return forms, first.repeat(batch, *[1] * (first.ndim - 1))
+    return onnx | forms, first.repeat(batch, *[1] * (first.ndim - 1))
+
+
+def _torch_forms(run: Finished) -> dict[str, Callable[[Tensor], Any]]:
+    return {"torch float": run.float_model(), "torch quantized": run.packed()}
 
 
 def _onnx_alone(path: Path, batch: int, threads: int) -> tuple[dict[str, Callable[[Tensor], Any]], Tensor]:
@@ -175,7 +181,8 @@ def _median_ms(forms: dict[str, Callable[[Tensor], Any]], x: Tensor, rounds: int
 
 
 @contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """Let PyTorch use so many threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

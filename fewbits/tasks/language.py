@@ -16,7 +16,7 @@ from fewbits.layers import float_class, in_eval, quantizable, twin_class
 from fewbits.layers.swap import layer_weight
 from fewbits.plan import LayerPlan, Rule
 from fewbits.tasks.data import Batch
-from fewbits.tasks.gpt import CONFIGS, gpt
+from fewbits.tasks.gpt import gpt
 from fewbits.tasks.text import TextExamples
 
 LIBRARY = "transformers:"
@@ -40,15 +40,13 @@ def answers(
     """
     module = model if isinstance(model, nn.Module) else nn.Module()
     found = next((p.device for p in module.parameters()), torch.device("cpu"))
-    with in_eval(module), torch.no_grad():
-        for tokens, following in examples.batches(batch_size):
+    for tokens, following in examples.batches(batch_size):
+        with in_eval(module), torch.no_grad():  # not around the yield: the caller may train meanwhile
             logits = model(tokens.to(device or found))
-            if not isinstance(logits, Tensor) or logits.shape[:-1] != following.shape:
-                got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                raise DataError(
-                    f"expected logits [batch, tokens, vocabulary] of {list(tokens.shape)} tokens, got {got}"
-                )
-            yield logits.to("cpu", torch.float32), following
+        if not isinstance(logits, Tensor) or logits.shape[:-1] != following.shape:
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise DataError(f"expected logits [batch, tokens, vocabulary] of tokens {list(tokens.shape)}, got {got}")
+        yield logits.to("cpu", torch.float32), following
 
 
 def score(pairs: Iterable[Batch], bytes_per_token: float) -> dict[str, float]:
@@ -114,9 +112,9 @@ class CausalLM(nn.Module):
 def build_language_model(name: str, **options: Any) -> nn.Module:
     """Build a language model by name.
 
-    name: a key of ``gpt.CONFIGS`` (options: fields of ``GPTConfig``); or ``transformers:X``, where X is a folder that
-    ``save_pretrained`` wrote, a model type such as ``llama`` (random weights; options: fields of its configuration), or
-    a name in the local cache of the hub. Raises RecipeError for an unknown name or option.
+    name: a key of ``fewbits.tasks.gpt.CONFIGS`` (options: fields of ``GPTConfig``); or ``transformers:X``, where X is
+    a folder that ``save_pretrained`` wrote, a model type such as ``llama`` (random weights; options: fields of its
+    configuration), or a name in the local cache of the hub. Raises RecipeError for an unknown name or option.
     """
     if not name.startswith(LIBRARY):
         return gpt(name, **options)
@@ -147,8 +145,8 @@ def _library_model(transformers: Any, name: str, options: dict[str, Any]) -> Any
 
 
 def is_language_model(name: str) -> bool:
-    """Tell whether a model name is one for ``build_language_model``."""
-    return name in CONFIGS or name.startswith(LIBRARY)
+    """Tell whether a model name is meant for ``build_language_model``."""
+    return name.startswith(("gpt", LIBRARY))
 
 
 def block_linears(model: nn.Module) -> list[str]:

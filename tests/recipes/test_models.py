@@ -30,6 +30,26 @@ def test_channels_and_classes_are_those_asked_for(tmp_path: Path) -> None:
     assert torch.equal(again.linear.weight, model.linear.weight)
 
 
+def test_the_cost_of_a_language_model_by_hand() -> None:
+    model, example = named_model("gpt_nano", classes=65, input_shape=(16,))
+    assert example.shape == (1, 16) and example.dtype == torch.int64
+    found = cost(model, example, plan_for(model, None, 4, None, 8))
+    linears = 3 * 12 * 48**2
+    assert found["weights"] == linears + 65 * 48 + 16 * 48, "the head shares the embedding's weight"
+    between = 3 * 2 * 16 * 16 * 48  # of attention, in each of three layers
+    assert found["macs"] == 16 * linears + 16 * 65 * 48 + between
+
+
+def test_a_language_model_has_its_own_shapes(tmp_path: Path) -> None:
+    assert named_model("gpt_micro")[1].shape == (1, 128)
+    with pytest.raises(RecipeError, match="reads tokens: --input is the length of a window"):
+        named_model("gpt_nano", input_shape=(3, 32, 32))
+    model, _ = named_model("gpt_nano")
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    again, _ = named_model("gpt_nano", weights=str(tmp_path / "w.pt"))
+    assert torch.equal(again.head.weight, model.head.weight)
+
+
 def test_weights_that_are_not_there_are_an_error() -> None:
     with pytest.raises(RecipeError, match="'nothing.pt' does not exist"):
         named_model("resnet20", weights="nothing.pt")
