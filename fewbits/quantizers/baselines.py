@@ -14,6 +14,7 @@ from fewbits.quantizers.codes import make_grid
 from fewbits.quantizers.dynamic import HUGE, Dynamic, Fit, Rule, bounded, largest, mean_magnitude, spread, to_grid
 from fewbits.quantizers.grouping import Grouping
 from fewbits.quantizers.ranges import TINY
+from fewbits.quantizers.sparsity import prune
 from fewbits.quantizers.uniform import LSQ
 
 
@@ -37,9 +38,8 @@ class AbsMax(Rule):
             scale = mean_magnitude(x)
         else:  # of what is left
             kept = (~pruned).sum(1, keepdim=True).clamp_(min=1)
-            scale = mean_magnitude(x.masked_fill(pruned, 0.0)) * (x.shape[1] / kept)
-        values = to_grid(x / scale, self.grid)
-        values = values if pruned is None else values.masked_fill_(pruned, 0.0)
+            scale = mean_magnitude(prune(x, pruned)) * (x.shape[1] / kept)
+        values = prune(to_grid(x / scale, self.grid), pruned)
         return Fit(values, scale.clamp_(max=HUGE / self.grid.highest), None)
 
 

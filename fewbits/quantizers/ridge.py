@@ -25,6 +25,7 @@ from torch.linalg import vecdot
 from fewbits.quantizers.codes import Grid
 from fewbits.quantizers.dynamic import HUGE, Fit, Rule, bounded, largest, mean_magnitude, spread, to_grid
 from fewbits.quantizers.ranges import TINY
+from fewbits.quantizers.sparsity import prune
 
 
 def denoise(
@@ -123,7 +124,7 @@ class Ridge(Rule):
             step = self.linear_step(x, pruned)
             f = x / step
             q = to_grid(f, self.grid)
-            q = q if pruned is None else q.masked_fill_(pruned, 0.0)
+            q = prune(q, pruned)
         total = (vecdot(q, q) / n + self.lam)[:, None]
         return Moments(f, q, mean_f, mean_q, step, low, (vecdot(q, f) / n)[:, None] / total, total)
 
@@ -131,7 +132,7 @@ class Ridge(Rule):
         """Return s_f of the linear mode, [G, 1]: max|x| / M, or mean|x| / M of what is not pruned and zeros else."""
         if not self.absmean:
             return (largest(x) / self.grid.highest).clamp_(min=TINY)  # the largest is never pruned
-        return mean_magnitude(x if pruned is None else x.masked_fill(pruned, 0.0))
+        return mean_magnitude(prune(x, pruned))
 
     def vjp(self, grad: Tensor, x: Tensor, pruned: Tensor | None) -> Tensor:
         """Return v = J^T u, with d and the pruning error held constant (our derivation).
@@ -156,7 +157,7 @@ class Ridge(Rule):
 
     def _step_gradient(self, u: Tensor, m: Moments, kappa: Tensor, pruned: Tensor | None) -> Tensor:
         """Return dL/ds_f [G, 1] = -sum f (c u + kappa (f - 2 c q)), f and q centered where affine."""
-        f = m.f if pruned is None else m.f.masked_fill(pruned, 0.0)
+        f = prune(m.f, pruned)
         uf, ff, qf = (vecdot(t, f)[:, None] for t in (u, f, m.q))
         gradient = -(m.slope * uf + kappa * (ff - 2 * m.slope * qf))
         return torch.where(m.step > TINY, gradient, 0.0)  # at TINY the step is a constant
@@ -168,7 +169,6 @@ class Ridge(Rule):
             v.scatter_add_(1, x.argmax(1, keepdim=True), share)
             return v.scatter_add_(1, x.argmin(1, keepdim=True), -share)
         if self.absmean:
-            signs = x.sign() if pruned is None else x.sign().masked_fill_(pruned, 0.0)
-            return v.addcmul_(signs, share / x.shape[1])
+            return v.addcmul_(prune(x.sign(), pruned), share / x.shape[1])
         at = x.abs().argmax(1, keepdim=True)
         return v.scatter_add_(1, at, share * x.gather(1, at).sign())

@@ -20,13 +20,18 @@ def find_pruned(x: Tensor, pattern: Sparsity, axis: int) -> Tensor:
     a fraction of the time of sorting.
     """
     moved = x.movedim(axis, -1)
-    size = moved.abs().reshape(-1, pattern.of).T.contiguous()  # [M, groups]
+    size = torch.stack(moved.reshape(-1, pattern.of).unbind(1)).abs_()  # [M, groups]; faster than T.contiguous()
     before = torch.zeros(size.shape, dtype=torch.uint8, device=x.device)  # M - 1 <= 255
     for distance in range(1, pattern.of):
         first = size[:-distance] >= size[distance:]
         before[distance:] += first.view(torch.uint8)
         before[:-distance] += first.logical_not().view(torch.uint8)
-    return (before >= pattern.kept).T.reshape(moved.shape).movedim(-1, axis)
+    return torch.stack((before >= pattern.kept).unbind(0), dim=1).reshape(moved.shape).movedim(-1, axis)
+
+
+def prune(x: Tensor, pruned: Tensor | None) -> Tensor:
+    """Return finite x with 0 where pruned; a product is several times faster than filling."""
+    return x if pruned is None else x * pruned.logical_not()
 
 
 def kept_values(rows: Tensor, pruned: Tensor) -> Tensor:
