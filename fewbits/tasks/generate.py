@@ -45,8 +45,8 @@ def generate(
     model: a module, [B, T] -> logits [B, T, vocabulary]; float, quantized or packed. temperature: 0 takes the likeliest
     token, the first among equals; above 0 draws from softmax(logits / temperature), of the top_k likeliest if given;
     the same seed draws the same. cache: compute only the new token each time, where the model has ``new_cache``; False
-    reads all tokens anew. Both do the same sums in another order, so their logits agree to float rounding, and a
-    quantized activation that lies on the edge between two codes may fall to either side.
+    reads all tokens anew. Both do the same sums, in another order: in float64 the tokens are the same; in float32 the
+    rounding may send an activation to the other of two codes, and at one bit another text may follow.
 
     Raises DataError for no token, tokens outside the vocabulary, more tokens than the model's ``context``, and options
     out of range.

@@ -146,5 +146,16 @@ def test_a_run_from_scratch_is_resumed_to_the_bit_and_reported(tmp_path: Path, m
     assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
     page = write_report(tmp_path / "whole").read_text()
     assert "perplexity" in page and "next-token accuracy" in page and "onfusion" not in page
-    first = whole["float"]["metrics"]["perplexity"]
-    assert whole["calibrated"]["metrics"]["perplexity"] > first, "it starts from the initial weights"
+
+
+def test_from_scratch_the_float_training_leaves_no_trace(tmp_path: Path) -> None:
+    training = {"max_steps": 4, "batch_size": 8, "lr": 0.01, "optimizer": "adamw"}
+    sections: dict[str, Any] = {"qat": training, "export": None}
+    with_float = recipe(**sections, float_training=training, from_scratch=True)
+    alone, after = (
+        run(chosen.smoked(), tmp_path / name, say=lambda text: None)
+        for name, chosen in {"alone": recipe(**sections), "after": with_float}.items()
+    )
+    assert alone["float"]["metrics"] != after["float"]["metrics"]
+    for form in ("calibrated", "quantized"):
+        assert alone[form]["metrics"] == after[form]["metrics"]
