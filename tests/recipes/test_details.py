@@ -55,7 +55,7 @@ def test_output_errors_leave_the_model_as_it_was() -> None:
     assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
 
 
-@pytest.mark.parametrize(("bits", "grid"), [(1, [-1, 1]), (2, [-2, -1, 0, 1])])
+@pytest.mark.parametrize(("bits", "grid"), [(1, [-1, 1]), (2, [-3, -1, 1, 3]), (3, [-4, -3, -2, -1, 0, 1, 2, 3])])
 def test_weights_are_shown_in_steps_around_the_codes(bits: int, grid: list[int]) -> None:
     model = quantized(bits)
     found = histograms(model)["features.3"]
