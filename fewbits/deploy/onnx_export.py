@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.deploy.onnx_graph import finish_graph
-from fewbits.deploy.onnx_nodes import EmitActivation, EmitWeight, emit_layer, refine_for_bias
+from fewbits.deploy.onnx_nodes import EmitActivation, EmitDynamic, EmitWeight, emit_layer, refine_for_bias
 from fewbits.deploy.packed import PackedLayer, PackedWeight
 from fewbits.errors import ExportError, FewbitsError
 from fewbits.layers import quantized_layers
 from fewbits.layers.twins import SpatialTwin
-from fewbits.quantizers import Codes, Quantizer, Uniform
+from fewbits.quantizers import Codes, Dynamic, Quantizer, Uniform
 
 OPSET = 21  # the first with blocked DequantizeLinear and INT4
 OPSET_INT2 = 25
@@ -140,7 +140,7 @@ def _emit(model: nn.Module, mode: str) -> dict[str, str]:
     for name, layer in layers.items():
         weight = layer.packed
         linear = layer.is_linear and weight not in tables
-        boxed = layer.input_quantizer is not None or not linear
+        boxed = isinstance(layer.input_quantizer, Uniform) or not linear
         outputs = weight.shape[layer.channel_axis] if linear else 0
         kind = weight_type(weight, boxed, mode, outputs)
         if weight not in emitted:
@@ -153,7 +153,8 @@ def _emit(model: nn.Module, mode: str) -> dict[str, str]:
     for parent in list(model.modules()):
         for child, module in list(parent.named_children()):
             if isinstance(module, Quantizer) and (module.calibrated or module.dynamic):  # else unused, or it says so
-                setattr(parent, child, EmitActivation(module, integer=mode == "fastest"))
+                emit = EmitDynamic(module) if isinstance(module, Dynamic) else EmitActivation(module, mode == "fastest")
+                setattr(parent, child, emit)
     return types
 
 
@@ -177,7 +178,7 @@ def weight_type(weight: PackedWeight, boxed: bool, mode: str, outputs: int = 0) 
         return "INT8"
     shift = 0 if grid.lowest < 0 else 2 ** (grid.bits - 1)  # unsigned codes have unsigned types
     lowest, highest = grid.lowest - shift, grid.highest - shift
-    if grid.step == 2 and mode == "smallest":  # odd codes 2 q + 1 are stored as q
+    if grid.step == 2 and mode == "smallest" and weight.sparsity is None:  # odd codes 2 q + 1 are stored as q
         lowest, highest = (lowest - 1) // 2, (highest - 1) // 2
     for bits in (2, 4) if outputs % 4 == 0 else (4,):
         if -(2 ** (bits - 1)) <= lowest and highest < 2 ** (bits - 1):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fewbits.deploy.align import largest_factor
 from fewbits.deploy.packed import PackedLayer, packed_class
 from fewbits.errors import ExportError
-from fewbits.quantizers import Codes, Grid, Grouping, Quantizer, Uniform
+from fewbits.quantizers import Codes, Dynamic, Grid, Grouping, Quantizer, Uniform
 
 symbolic: Any = torch.onnx.ops.symbolic
 
@@ -34,7 +34,7 @@ class EmitActivation(nn.Module):
     def __init__(self, quantizer: Quantizer, integer: bool) -> None:
         super().__init__()
         if not isinstance(quantizer, Uniform):
-            raise ExportError(f"quantizer {quantizer.plan.quantizer!r} has no ONNX form for activations yet")
+            raise ExportError(f"quantizer {quantizer.plan.quantizer!r} has no ONNX form for activations")
         quantizer.require_range()
         scale, zero = quantizer.affine()
         self.grid, self.grouping = quantizer.grid, quantizer.grouping
@@ -75,6 +75,22 @@ class EmitActivation(nn.Module):
         shape = [1] * x.ndim
         shape[self.grouping.axis] = -1
         return value.reshape(shape)
+
+
+class EmitDynamic(nn.Module):
+    """A dynamic activation quantizer as the float operators that it consists of: no engine has them as one."""
+
+    def __init__(self, quantizer: Dynamic) -> None:
+        super().__init__()
+        self.rule, self.grouping = quantizer.rule, quantizer.grouping
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x fake-quantized, same shape, in float32."""
+        parts = []
+        for rows in self.grouping.rows(x):
+            values, scale, offset = self.rule.fit(rows, None)
+            parts.append(values * scale if offset is None else values * scale + offset)
+        return self.grouping.merge(parts, x.shape)
 
 
 class EmitWeight(nn.Module):
@@ -167,7 +183,7 @@ def _signed(codes: Codes, kind: str) -> Codes:
     """
     grid, offset = codes.grid, codes.offset
     bits = int(kind[3:])
-    if grid.step == 2 and grid.highest >= 2 ** (bits - 1):
+    if grid.step == 2 and grid.highest >= 2 ** (bits - 1) and codes.sparsity is None:
         half = Grid(grid.bits, (grid.lowest - 1) // 2, (grid.highest - 1) // 2)
         added = codes.scale if offset is None else offset + codes.scale
         return replace(codes, values=(codes.values - 1) // 2, scale=codes.scale * 2, offset=added, grid=half)

@@ -176,7 +176,7 @@ def spread(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     step = (high / grid.highest - low / grid.highest).clamp_(TINY, HUGE / grid.highest)
-    return (x - low).div_(step).clamp_(0.0, grid.highest), step, low
+    return (x - low).div_(step).clamp_(0.0, float(grid.highest)), step, low
 
 
 def to_grid(f: Tensor, grid: Grid) -> Tensor:

@@ -103,6 +103,29 @@ def test_weights_with_an_offset(
         assert set(report.weight_types.values()) == {kind}
 
 
+@pytest.mark.parametrize("mode", ["fastest", "smallest"])
+@pytest.mark.parametrize("quantizer", ["denoise", "dynamic"])
+@pytest.mark.parametrize(("act", "symmetric"), [(1, False), (4, False), (4, True)])
+def test_dynamic_activations(act: int, symmetric: bool, quantizer: str, mode: str, tmp_path: Path) -> None:
+    model: nn.Module = nn.Sequential(nn.Conv2d(6, 16, 3), nn.ReLU(), nn.Flatten(2), nn.Linear(16, 12))
+    x = torch.randn(4, 6, 6, 6)
+    given = {"quantizer": quantizer, "granularity": "block"}
+    plan = Plan(
+        (
+            ("0", LayerPlan(TensorPlan(1, "denoise", granularity="channel", sparsity="1:2"),
+                            TensorPlan(act, symmetric=symmetric, block=6, **given))),
+            ("3", LayerPlan(TensorPlan(2, granularity="channel", options={"odd": True}, sparsity="2:4"),
+                            TensorPlan(act, symmetric=symmetric, block=8, **given))),
+        )
+    )  # fmt: skip
+    packed = fb.pack(fb.quantize(model, plan, verbose=False))
+    with torch.no_grad():
+        want = packed(x)
+    fb.export_onnx(packed, tmp_path / "m.onnx", x, mode=mode)
+    got = torch.from_numpy(open_session(tmp_path / "m.onnx")((x[:3],)))
+    assert ((got - want[:3]).abs() < 0.02 * want.abs().max()).float().mean() > 0.98  # but for codes on a boundary
+
+
 def test_larger_codes_are_the_same_weight_and_round_the_bias_finer() -> None:
     weight, bias = torch.randn(6, 5, 3, 3), torch.randn(6)
     quantizer = make_quantizer(TensorPlan(3, "ste", granularity="channel"), shape=(6, 5, 3, 3))
