@@ -35,8 +35,11 @@ from fewbits.tasks.sources import load
 from fewbits.tasks.weights import load_cifar_resnet_checkpoint
 from fewbits.train.data import Batches
 
-WIDTHS = {"W4A4": (4, 4), "W3A3": (3, 3), "W2A2": (2, 2), "W1A8": (1, 8)}
-QAT_ARMS = ("fewbits-lsq", "fewbits-ste", "brevitas", "brevitas-learned")
+WIDTHS = {
+    "W4A4": Widths(4, 4), "W3A3": Widths(3, 3), "W2A2": Widths(2, 2), "W1A8": Widths(1, 8), "W1A4": Widths(1, 4),
+    "W1A1": Widths(1, 1), "W1A8+2:4": Widths(1, 8, sparsity="2:4"),
+}  # fmt: skip
+QAT_ARMS = ("fewbits-lsq", "fewbits-ste", "brevitas", "brevitas-learned")  # others by --arms
 FLOAT_LR = 0.01
 
 
@@ -64,7 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("docs/results/cifar10_qat.jsonl"))
     parser.add_argument("--cache", type=Path, default=Path("runs/cifar10_qat"))
     parser.add_argument("--arms", nargs="+", default=list(QAT_ARMS))
-    parser.add_argument("--widths", nargs="+", default=list(WIDTHS))
+    parser.add_argument("--widths", nargs="+", default=["W4A4", "W3A3", "W2A2", "W1A8"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--grid", nargs="+", type=float, default=[0.003, 0.01, 0.03])
     parser.add_argument("--steps", type=int, default=100)
@@ -137,9 +140,8 @@ class Bench:
         model = copy.deepcopy(self.float_model(seed))
         setup, groups = "", None
         if arm != "float":
-            weight, act = WIDTHS[width]
             try:
-                prepared = prepare(arm, model, Widths(weight, act, first_last=8), self.calibration(seed))
+                prepared = prepare(arm, model, WIDTHS[width], self.calibration(seed))
             except PeerUnavailableError as error:
                 self.write(**key, steps=0, top1=float("nan"), note=str(error))
                 return float("nan")

@@ -30,6 +30,7 @@ ARMS: dict[str, Arm] = {
     "float": _float_arm,
     "fewbits-lsq": partial(fewbits_arm, quantizer="lsq"),
     "fewbits-ste": partial(fewbits_arm, quantizer="ste"),
+    "fewbits-denoise": partial(fewbits_arm, quantizer="denoise"),
     "brevitas": partial(brevitas_arm, learned=False),
     "brevitas-learned": partial(brevitas_arm, learned=True),
     "torch.ao": torch_ao_arm,

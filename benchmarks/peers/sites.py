@@ -18,11 +18,13 @@ class PeerUnavailableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Widths:
-    """Bits of weights and activations; first_last: of the first and the last layer (None: as the others)."""
+    """Bits of weights and activations; first_last: of the first and the last layer (None: as the others). sparsity: N:M
+    of all other weights, for arms that can do it."""
 
     weight: int
     act: int
     first_last: int | None = 8
+    sparsity: str | None = None
 
     def __str__(self) -> str:
         return f"W{self.weight}A{self.act}"
