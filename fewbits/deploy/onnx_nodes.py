@@ -106,7 +106,8 @@ class EmitWeight(nn.Module):
 
     def __init__(self, codes: Codes, *, kind: str, contraction_first: bool) -> None:
         super().__init__()
-        codes = _signed(codes, kind)
+        self.odd = codes.grid.step == 2 and codes.grouping.block is None and _too_wide(codes, kind)
+        codes = _halved(codes) if self.odd else _signed(codes, kind)
         values, scale, zero = codes.values, _scale_tensor(codes, codes.scale), codes.zero_point
         point = None if zero is None else _scale_tensor(codes, zero)
         offset = None if codes.offset is None else _scale_tensor(codes, codes.offset)
@@ -132,10 +133,18 @@ class EmitWeight(nn.Module):
 
     def product(self) -> Tensor:
         """Return the weight but for its offset, [K, N] where contraction_first was asked for."""
-        inputs = [self.codes, self.scale] + ([] if self.point is None else [self.point])
         shape = self.codes.shape
-        y: Tensor = symbolic("DequantizeLinear", inputs, self.attributes, dtype=torch.float32, shape=shape)
+        if self.odd:  # (2 q + 1) * scale: shorter than an offset a channel, and rounded once
+            two = torch.tensor(2.0)
+            y: Tensor = symbolic("DequantizeLinear", [self.codes, two], dtype=torch.float32, shape=shape)
+            return (y + 1.0) * self._spread(self.scale)
+        inputs = [self.codes, self.scale] + ([] if self.point is None else [self.point])
+        y = symbolic("DequantizeLinear", inputs, self.attributes, dtype=torch.float32, shape=shape)
         return y
+
+    def _spread(self, value: Tensor) -> Tensor:
+        """Shape one value a channel so that it broadcasts over the weight."""
+        return value.reshape([-1 if i == self.axis else 1 for i in range(self.codes.ndim)]) if value.ndim else value
 
     def decode(self) -> Tensor:
         """Return the weight, [K, N] where contraction_first was asked for."""
@@ -144,8 +153,8 @@ class EmitWeight(nn.Module):
         offset = self.offset
         if self.block is not None:
             offset = offset.repeat_interleave(self.block, self.axis).narrow(self.axis, 0, self.codes.shape[self.axis])
-        elif offset.ndim:
-            offset = offset.reshape([-1 if i == self.axis else 1 for i in range(self.codes.ndim)])
+        else:
+            offset = self._spread(offset)
         return self.product() + offset
 
 
@@ -176,17 +185,26 @@ class EmitLayer(PackedLayer):
         return torch.matmul(padded.reshape(*x.shape[:-1], blocks, weight.block).sum(-1), weight.offset)
 
 
+def _too_wide(codes: Codes, kind: str) -> bool:
+    """Tell whether odd codes must be halved to fit the type."""
+    return codes.grid.highest >= 2 ** (int(kind[3:]) - 1) and codes.sparsity is None
+
+
+def _halved(codes: Codes) -> Codes:
+    """Return q of odd codes 2 q + 1, with the scale as it is."""
+    grid = codes.grid
+    half = Grid(grid.bits, (grid.lowest - 1) // 2, (grid.highest - 1) // 2)
+    return replace(codes, values=(codes.values - 1) // 2, grid=half)
+
+
 def _signed(codes: Codes, kind: str) -> Codes:
     """Return the same weight in codes that the type can hold, with an offset where that takes one.
 
     Odd codes {-3, -1, 1, 3} become 2 q + 1, and unsigned ones with an offset become signed, which engines run faster.
     """
     grid, offset = codes.grid, codes.offset
-    bits = int(kind[3:])
-    if grid.step == 2 and grid.highest >= 2 ** (bits - 1) and codes.sparsity is None:
-        half = Grid(grid.bits, (grid.lowest - 1) // 2, (grid.highest - 1) // 2)
-        added = codes.scale if offset is None else offset + codes.scale
-        return replace(codes, values=(codes.values - 1) // 2, scale=codes.scale * 2, offset=added, grid=half)
+    if grid.step == 2 and _too_wide(codes, kind):
+        return replace(_halved(codes), scale=codes.scale * 2, offset=codes.scale)
     if offset is not None and grid.lowest >= 0:
         shift = 2 ** (grid.bits - 1)
         moved = replace(grid, lowest=grid.lowest - shift, highest=grid.highest - shift)
