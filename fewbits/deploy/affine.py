@@ -10,6 +10,7 @@ any offsets, and for a last block that is shorter.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,8 +40,9 @@ class Operand:
         starts = torch.arange(self.scale.shape[1], device=self.scale.device) * self.block
         return (self.codes.shape[1] - starts).clamp(max=self.block).to(self.scale.dtype)
 
+    @cached_property
     def sums(self) -> Tensor:
-        """Return the sum of the real values in each block but for the offset, [R, G]."""
+        """The sum of the real values in each block but for the offset, [R, G]; of a weight it is found once."""
         parts = torch.split(self.codes, self.block, dim=1)
         return torch.stack([part.sum(1, dtype=torch.int32) for part in parts], 1) * self.scale
 
@@ -119,9 +121,9 @@ def corrections(x: Operand, weight: Operand) -> Tensor:
     left, right = [], []
     if x.offset is not None:
         left.append(x.offset)
-        right.append(weight.sums())
+        right.append(weight.sums)
     if weight.offset is not None:
-        left.append(x.sums() if x.offset is None else x.sums() + x.offset * x.widths)
+        left.append(x.sums if x.offset is None else x.sums + x.offset * x.widths)
         right.append(weight.offset)
     if not left:
         return torch.zeros(len(x.codes), len(weight.codes), dtype=x.scale.dtype, device=x.scale.device)
