@@ -14,7 +14,7 @@ from fewbits.quantizers.grouping import Grouping
 from fewbits.quantizers.ridge import Ridge
 
 GRADIENTS = ("denoise", "gain", "ste")
-RANGES = {False: ("minmax",), True: ("absmax", "absmean")}  # by symmetric; the first is the default
+RANGES = {False: ("minmax", "absmean"), True: ("absmax", "absmean")}  # by symmetric; the first is the default
 
 
 @register_quantizer("denoise")
@@ -26,9 +26,11 @@ class Denoise(Dynamic):
     least as long as the axis is one row a token, or one a weight's output channel. Options:
 
     lam: the ridge penalty, above 0; 0.01 is the paper's value for every bit width. range: what a block spans before
-    rounding: "minmax" (affine); "absmax" or, at one bit and ternary, "absmean" (linear; BitNet b1.58's range). odd: the
-    linear grid {.., -3, -1, 1, 3, ..}, whose steps of 2 make lam weigh a quarter. detach_range: no gradient through the
-    range. gradient: "denoise"; "gain", the slope detached; "ste", the same forward with an identity backward.
+    rounding: "minmax" (affine), "absmax" (linear), or "absmean", the mean magnitude, about the mean where affine. That
+    one is for one bit, and for ternary (linear; BitNet b1.58's range); the gain a / s of its gradient is about 1, that
+    of the others 0.3 at one bit. odd: the linear grid {.., -3, -1, 1, 3, ..}, whose steps of 2 make lam weigh a
+    quarter. detach_range: no gradient through the range. gradient: "denoise"; "gain", the slope detached; "ste", the
+    same forward with an identity backward.
     """
 
     def __init__(

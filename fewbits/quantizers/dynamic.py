@@ -179,6 +179,18 @@ def spread(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     return (x - low).div_(step).clamp_(0.0, float(grid.highest)), step, low
 
 
+def spread_around_mean(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (f, step, low) as ``spread``, for one bit: step = 2 mean|x - mean x|, and f = 1/2 at the mean.
+
+    f is not held to 0..1. A row of equal values has f = 1/2, or near it, in steps of its own rounding error.
+    """
+    mean = (x / x.shape[1]).sum(1, keepdim=True)
+    away = mean_magnitude((x - mean).clamp_(-HUGE, HUGE))
+    step = torch.maximum(2 * away, mean.abs() * torch.finfo(x.dtype).eps * x.shape[1]).clamp_(TINY, HUGE)
+    low = mean - step / 2
+    return (x - low).clamp_(-HUGE, HUGE).div_(step), step, low
+
+
 def to_grid(f: Tensor, grid: Grid) -> Tensor:
     """Return f rounded to the symmetric grid, in memory of its own; on a grid without a zero, 0 goes to +1."""
     if grid.bits == 1:

@@ -23,7 +23,17 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from fewbits.quantizers.codes import Grid
-from fewbits.quantizers.dynamic import HUGE, Fit, Rule, bounded, largest, mean_magnitude, spread, to_grid
+from fewbits.quantizers.dynamic import (
+    HUGE,
+    Fit,
+    Rule,
+    bounded,
+    largest,
+    mean_magnitude,
+    spread,
+    spread_around_mean,
+    to_grid,
+)
 from fewbits.quantizers.ranges import TINY
 from fewbits.quantizers.sparsity import prune
 
@@ -46,6 +56,10 @@ def denoise(
     if grid.lowest == 0:
         low, high = x.min(1, keepdim=True).values, x.max(1, keepdim=True).values
         step = ((high - low) / grid.highest).clamp(min=TINY)
+        if absmean:
+            mean = x.mean(1, keepdim=True)
+            step = (2 * (x - mean).abs().mean(1, keepdim=True)).clamp(min=TINY)
+            low = mean - step / 2
         low, step = (low.detach(), step.detach()) if detach_range else (low, step)
         f = (x - low) / step
         q = f + (f.round().clamp(0, grid.highest) - f).detach()
@@ -107,7 +121,7 @@ class Ridge(Rule):
             return Fit(m.q, scale.clamp_(TINY, HUGE / self.grid.highest), None)
         assert m.mean_f is not None and m.mean_q is not None
         offset = m.low + m.step * (m.mean_f - m.slope * m.mean_q)
-        return Fit(m.f.round_(), *bounded(scale, offset, self.grid))
+        return Fit(m.f.round_().clamp_(0, self.grid.highest), *bounded(scale, offset, self.grid))
 
     def moments(self, x: Tensor, pruned: Tensor | None) -> Moments:
         """Return the statistics of rows x: means first, then centered second moments. In the affine case f is as it is,
@@ -116,8 +130,8 @@ class Ridge(Rule):
         n = x.shape[1]
         low = mean_f = mean_q = None
         if self.affine:
-            f, step, low = spread(x, self.grid)
-            q = f.round()
+            f, step, low = spread_around_mean(x) if self.absmean else spread(x, self.grid)
+            q = f.round().clamp_(0, self.grid.highest) if self.absmean else f.round()
             mean_f, mean_q = f.mean(1, keepdim=True), q.mean(1, keepdim=True)
             q.sub_(mean_q)
         else:
@@ -165,6 +179,9 @@ class Ridge(Rule):
     def _add_range(self, v: Tensor, x: Tensor, pruned: Tensor | None, gradient: Tensor) -> Tensor:
         """Add dL/ds_f ds_f/dx to v, in place."""
         share = gradient / self.grid.highest
+        if self.affine and self.absmean:
+            sign = (x - x.mean(1, keepdim=True)).sign_()
+            return v.addcmul_(sign.sub_(sign.mean(1, keepdim=True)), share * (2 / x.shape[1]))
         if self.affine:
             v.scatter_add_(1, x.argmax(1, keepdim=True), share)
             return v.scatter_add_(1, x.argmin(1, keepdim=True), -share)

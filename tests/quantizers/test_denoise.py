@@ -39,6 +39,11 @@ def distributions(count: int = 2000) -> dict[str, Tensor]:
 
 TABLE = {  # relative error on blocks of 128 with lam = 0.01, a column of the specification's table each
     "1 bit affine": (1, {"symmetric": False}, {"Gaussian": 0.376, "Laplace": 0.506, "GELU": 0.394, "outlier": 0.482}),
+    "1 bit affine about the mean": (
+        1,
+        {"symmetric": False, "range": "absmean"},
+        {"Gaussian": 0.361, "Laplace": 0.490, "GELU": 0.337, "outlier": 0.773},
+    ),
     "1 bit sign": (1, {}, {"Gaussian": 0.365, "Laplace": 0.500, "GELU": 0.772, "outlier": 0.787}),
     "2 bit affine": (2, {"symmetric": False}, {"Gaussian": 0.197, "Laplace": 0.282, "GELU": 0.094, "outlier": 0.392}),
     "4 bit affine": (4, {"symmetric": False}, {"Gaussian": 0.010, "Laplace": 0.017, "GELU": 0.007, "outlier": 0.043}),
@@ -105,7 +110,8 @@ def test_grids(bits: int, fields: dict[str, Any], grid: list[int]) -> None:
         ({"lam": "0.01"}, "lam must be a number above 0"),
         ({"gradient": "gian"}, "gradient must be one of"),
         ({"range": "minmax"}, r"range must be one of \('absmax', 'absmean'\)"),
-        ({"range": "absmean", "symmetric": False}, r"range must be one of \('minmax',\)"),
+        ({"range": "absmean", "symmetric": False}, "absmean.*got bits=4"),
+        ({"range": "absmax", "symmetric": False}, r"range must be one of \('minmax', 'absmean'\)"),
         ({"range": "absmean"}, "absmean.*got bits=4"),
         ({"odd": True, "symmetric": False}, "symmetric=True with odd=True"),
         ({"lambda": 0.01}, "unexpected keyword"),

@@ -72,7 +72,8 @@ def test_the_closed_form_solves_the_normal_equations(mode: str, bits: int) -> No
 def test_value_and_gradient_are_those_of_plain_autograd(
     mode: str, bits: int, detach_range: bool, gradient: str
 ) -> None:
-    for absmean in (False, True)[: 2 if mode in ("linear", "sparse") and bits < 3 else 1]:
+    widest = {"affine": 1, "linear": 2, "sparse": 2}.get(mode, 0)  # that the mean magnitude is for
+    for absmean in (False, True)[: 2 if bits <= widest else 1]:
         rule, where = made(mode, bits, detach_range=detach_range, gradient=gradient, absmean=absmean)
         x = rows().requires_grad_()
         pruned = where(x)

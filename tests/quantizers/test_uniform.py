@@ -79,7 +79,7 @@ def perturb(quantizer: Quantizer, how: str) -> None:
             parameter.copy_(change(parameter))
 
 
-def options_of(name: str, symmetric: bool) -> st.SearchStrategy[dict[str, Any]]:
+def options_of(name: str, symmetric: bool, bits: int) -> st.SearchStrategy[dict[str, Any]]:
     """Return what may be given as options."""
     menu: list[dict[str, Any]] = [{}]
     if name in ("ste", "lsq") and symmetric:
@@ -87,6 +87,7 @@ def options_of(name: str, symmetric: bool) -> st.SearchStrategy[dict[str, Any]]:
     if name == "denoise":
         menu += [{"lam": lam, "gradient": g} for lam in (1e-30, 1e-4, 1e30) for g in ("denoise", "gain", "ste")]
         menu += [{"detach_range": True}, *([{"odd": True}] if symmetric else [])]
+        menu += [{"range": "absmean"}] * 3 if bits == 1 or (bits == 2 and symmetric) else []
     return st.sampled_from(menu)
 
 
@@ -111,7 +112,7 @@ def cases(draw: st.DrawFn) -> Case:
         block=block,
         range=draw(st.sampled_from(("minmax", "percentile", "mse"))),
         sparsity=f"{draw(st.integers(1, of - 1))}:{of}" if of else None,
-        options=draw(options_of(name, symmetric)),
+        options=draw(options_of(name, symmetric, bits)),
     )
     x = values(draw(st.sampled_from(KINDS)), shape, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99)))
     how = draw(st.sampled_from(PERTURBATIONS))
