@@ -49,6 +49,11 @@ def denoise(bits: int, block: int, sparsity: str | None = None, **options: Any) 
     )
 
 
+def at_mean(bits: int, block: int, sparsity: str | None = None, **options: Any) -> TensorPlan:
+    """Return the same with the range "absmean" at one bit: a threshold at the mean, and a gain of one."""
+    return denoise(bits, block, sparsity, **options, **({"range": "absmean"} if bits == 1 else {}))
+
+
 def dynamic(bits: int, block: int, symmetric: bool, sparsity: str | None = None) -> TensorPlan:
     """Return a plan with the range of each block anew and a straight-through gradient."""
     return TensorPlan(bits, "dynamic", symmetric=symmetric, granularity="block", block=block, sparsity=sparsity)
@@ -60,6 +65,8 @@ def layer_plan(arm: str, a: int, w: int, block: int, sparsity: str | None = None
     plans = {
         "denoise": lambda: (denoise(w, block, s), denoise(a, block)),
         "denoise-linear": lambda: (denoise(w, block, s, symmetric=True), denoise(a, block, symmetric=True)),
+        "denoise-mean": lambda: (at_mean(w, block, s), at_mean(a, block)),
+        "denoise-mean-gain": lambda: (at_mean(w, block, s, gradient="gain"), at_mean(a, block, gradient="gain")),
         "denoise-detached": lambda: (denoise(w, block, s, detach_range=True), denoise(a, block, detach_range=True)),
         "gain-only": lambda: (denoise(w, block, s, gradient="gain"), denoise(a, block, gradient="gain")),
         "ste-ridge": lambda: (denoise(w, block, s, gradient="ste"), denoise(a, block, gradient="ste")),
@@ -82,7 +89,7 @@ def layer_plan(arm: str, a: int, w: int, block: int, sparsity: str | None = None
 
 
 ARMS = (
-    "float", "denoise", "denoise-linear", "gain-only", "ste-ridge", "ste-affine", "ste-linear", "bitnet", "paretoq",
+    "float", "denoise", "denoise-mean", "denoise-mean-gain", "denoise-linear", "gain-only", "ste-ridge", "ste-affine", "ste-linear", "bitnet", "paretoq",
     "lsq",
 )  # fmt: skip
 
