@@ -89,8 +89,8 @@ def layer_plan(arm: str, a: int, w: int, block: int, sparsity: str | None = None
 
 
 ARMS = (
-    "float", "denoise", "denoise-mean", "denoise-mean-gain", "denoise-linear", "gain-only", "ste-ridge", "ste-affine", "ste-linear", "bitnet", "paretoq",
-    "lsq",
+    "float", "denoise", "denoise-mean", "denoise-mean-gain", "denoise-linear", "gain-only", "ste-ridge", "ste-affine",
+    "ste-linear", "bitnet", "paretoq", "lsq",
 )  # fmt: skip
 
 
