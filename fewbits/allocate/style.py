@@ -10,10 +10,13 @@ from fewbits.errors import PlanError
 from fewbits.plan import ACTIVATION_BITS, WEIGHT_BITS, LayerPlan, Rule, TensorPlan
 from fewbits.quantizers import quantizer_class
 
+DYNAMIC_BLOCK = 128
+
 
 @dataclass(frozen=True)
 class Style:
-    """Weights are symmetric, by ``granularity``; inputs and attention operands are affine, per tensor.
+    """Weights are symmetric, by ``granularity``; inputs and attention operands are affine, per tensor (in blocks of a
+    token or position where the quantizer is dynamic).
 
     first_last: the first and the last layer get at least so many bits; None treats them like the rest. act_bits: of
     inputs and operands; None leaves them in float. act_quantizer: None takes ``quantizer``. range: how initial
@@ -45,10 +48,16 @@ class Style:
         )
 
     def activation(self, bits: int | None) -> TensorPlan | None:
-        """Return the plan of an activation: affine, so that a ReLU output may use every code."""
+        """Return the plan of an activation: affine, so that a ReLU output may use every code.
+
+        A dynamic quantizer gets blocks of one token or position, lest the samples of a batch see each other.
+        """
         if bits is None:
             return None
-        return TensorPlan(bits, self.act_quantizer or self.quantizer, symmetric=False, range=self.range)
+        name = self.act_quantizer or self.quantizer
+        if quantizer_class(name).dynamic:
+            return TensorPlan(bits, name, symmetric=False, granularity="block", block=self.block or DYNAMIC_BLOCK)
+        return TensorPlan(bits, name, symmetric=False, range=self.range)
 
     def at_edge(self, bits: int) -> int:
         """Return the bits of a first or last layer."""

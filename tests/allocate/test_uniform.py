@@ -100,3 +100,12 @@ def test_two_bit_weights_take_the_odd_grid_of_the_uniform_quantizers_only() -> N
         plan = uniform_plan(model, bits, quantizer=quantizer)
         middle = dict(plan.rules)["1"]
         assert middle is not None and middle.weight is not None and dict(middle.weight.options) == options
+
+
+def test_dynamic_inputs_do_not_let_samples_see_each_other() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
+    fewbits.quantize(model, uniform_plan(model, 2, 2, first_last=None, quantizer="denoise"), verbose=False)
+    x = torch.randn(4, 3, 8, 8)
+    x[3] *= 100.0
+    model.eval()
+    torch.testing.assert_close(model(x)[:3], model(x[:3]))
