@@ -26,7 +26,8 @@ def align_biases(model: nn.Module, example: Any) -> dict[str, float]:
 
     Where a batch norm follows, its ``bias`` moves; else the layer's own. example: a batch, as for ``calibrate``.
     Returns the largest change of each layer, in units of its result. Convolutions without a static input quantizer of
-    at most 8 bits run in float, and are left alone. Raises QuantizationError for a model that is packed.
+    at most 8 bits run in float, and are left alone; so are transposed ones with groups, whose channels share units.
+    Raises QuantizationError for a model that is packed.
     """
     with in_eval(model):
         norms = {layer: norm for norm, layer in find_pairs(model, example).items()}
@@ -44,7 +45,7 @@ def _align(layer: Any, norm: Any) -> Tensor | None:
     """Move the bias of a layer, or of the batch norm behind it; return by how much, [channels]."""
     unit = bias_unit(layer.weight_quantizer.encode(layer.weight.detach()), layer.input_quantizer)
     owner = norm or layer
-    if unit is None or owner.bias is None:
+    if unit is None or owner.bias is None or (layer.bias is not None and len(layer.bias) != len(unit)):
         return None
     bias = torch.zeros_like(unit) if layer.bias is None else layer.bias.detach().double()
     if norm is not None:
@@ -73,11 +74,14 @@ def largest_factor(codes: Codes, activation: nn.Module | None) -> Tensor | None:
 
     Codes times k with scale / k are the same weight, and k times finer units for the bias. On older x86 pairs of
     u8 x s8 products are summed in 16 bits: they stay below 2**15. None without a static per-tensor ``activation`` of at
-    most 8 bits, or where a block or a zero point of the weight takes the convolution out of the integers.
+    most 8 bits, calibrated, on a grid without gaps, or where a block or a zero point of the weight takes the product
+    out of the integers.
     """
     axis = codes.grouping.axis
     channels = codes.values.shape[axis]
-    if not isinstance(activation, Uniform) or activation.grid.bits > 8 or activation.groups != 1:
+    if not isinstance(activation, Uniform) or not activation.calibrated or activation.groups != 1:
+        return None
+    if activation.grid.bits > 8 or activation.grid.step != 1:
         return None
     if codes.grouping.block is not None or codes.zero_point is not None or codes.scale.numel() not in (1, channels):
         return None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fewbits as fb
-from fewbits import LayerPlan, TensorPlan
+from fewbits import LayerPlan, Plan, TensorPlan
 from fewbits.deploy.align import bias_unit
 from fewbits.deploy.verify import open_session
 from fewbits.errors import QuantizationError
@@ -99,3 +99,29 @@ def test_a_packed_model_is_refused() -> None:
     model, x = trained()
     with pytest.raises(QuantizationError, match="'conv1' is packed"):
         fb.align_biases(fb.pack(model), x)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_a_transposed_convolution_with_groups_is_left_alone(groups: int) -> None:
+    x, plan = torch.randn(2, 4, 5, 5), Plan((("0", LayerPlan(TensorPlan(4, granularity="channel"), EIGHT)),))
+    model = quantized(nn.Sequential(nn.ConvTranspose2d(4, 8, 3, groups=groups)), plan, [x])
+    assert fb.align_biases(model, x) == {}
+    whole = quantized(nn.Sequential(nn.ConvTranspose2d(4, 8, 3)), plan, [x])
+    assert set(fb.align_biases(whole, x)) == {"0"}
+
+
+def test_odd_activations_and_a_layer_that_nothing_reaches_are_left_alone() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.odd, self.unused = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.odd(x)
+
+    x, four = torch.randn(2, 2, 3, 3), TensorPlan(4, granularity="channel")
+    plan = Plan((("odd", LayerPlan(four, TensorPlan(1))), ("unused", LayerPlan(four, EIGHT))))
+    model = fb.quantize(Two(), plan, verbose=False)
+    with pytest.warns(UserWarning, match="unused"):
+        fb.calibrate(model, [x])
+    assert fb.align_biases(model, x) == {}
