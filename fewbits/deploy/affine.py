@@ -84,7 +84,8 @@ def operand(codes: Codes) -> Operand:
         if not blocked:
             return per_row[:, None].expand(rows, 1)
         whole = length // block
-        return torch.cat([per_row[: rows * whole].reshape(rows, whole), per_row[rows * whole :].reshape(rows, -1)], 1)
+        rest = -(-length // block) - whole  # in full: of no rows, -1 could be anything
+        return torch.cat([per_row[: rows * whole].reshape(rows, whole), per_row[rows * whole :].reshape(rows, rest)], 1)
 
     scale = by_row(codes.scale)
     offset = None if codes.offset is None else by_row(codes.offset)

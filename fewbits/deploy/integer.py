@@ -36,6 +36,12 @@ class IntegerLayer(PackedLayer):
             y = y + (layer.bias if layer.is_linear else layer.bias.reshape(-1, *[1] * len(layer.kernel_size)))
         return self.finish(y)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Take the operands along where the layer goes, as to another device."""
+        super()._apply(fn, recurse)
+        self.taps = _operands(self)
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (self.float_class,), self.__dict__
 
@@ -52,8 +58,7 @@ def run_in_integers(packed: nn.Module) -> list[str]:
     fitting = [name for name, layer in layers.items() if _fits(layer)]
     for name in fitting:
         layer: Any = layers[name]
-        codes = layer.packed.get()
-        layer.taps = [_linear_weight(codes)] if layer.is_linear else list(_taps(codes, layer.groups))
+        layer.taps = _operands(layer)
         layer.__class__ = _integer_class(layer.float_class)
     return fitting
 
@@ -74,6 +79,12 @@ def _rebuild(float_class: type[nn.Module]) -> IntegerLayer:
     return cls.__new__(cls)
 
 
+def _operands(layer: Any) -> list[Operand]:
+    """Return what the input of a packed layer is multiplied with."""
+    codes = layer.packed.get()
+    return [_linear_weight(codes)] if layer.is_linear else list(_taps(codes, layer.groups))
+
+
 def _linear_weight(codes: Codes) -> Operand:
     """Return a linear weight, [out, in] or GPT-2's [in, out], as an operand with a row an output."""
     if codes.grouping.contraction == 1:
@@ -84,7 +95,7 @@ def _linear_weight(codes: Codes) -> Operand:
 
 def _linear(codes: Codes, weight: Operand) -> Tensor:
     product = affine_matmul(operand(codes), weight)
-    return product.reshape(*codes.values.shape[:-1], -1).to(codes.dtype)
+    return product.reshape(*codes.values.shape[:-1], product.shape[1]).to(codes.dtype)
 
 
 def _taps(codes: Codes, groups: int) -> Iterator[Operand]:
@@ -122,7 +133,7 @@ def _convolve(codes: Codes, taps: list[Operand], layer: Any) -> Tensor:
     grouping = replace(codes.grouping, axis=values.ndim - 1, contraction=values.ndim - 1)
     x = operand(replace(codes, values=values, grouping=grouping))
     places = values.shape[:-1]
-    planes = [None if t is None else t.reshape(*places, -1) for t in (x.codes, x.scale, x.offset)]
+    planes = [None if t is None else t.reshape(*places, t.shape[1]) for t in (x.codes, x.scale, x.offset)]
     planes = [None if t is None else _pad(t, layer) for t in planes]
     out: list[Tensor] = []
     width = channels // groups
@@ -133,7 +144,7 @@ def _convolve(codes: Codes, taps: list[Operand], layer: Any) -> Tensor:
             shape = here[0].shape[:-1]  # type: ignore[union-attr]
             rows = [None if t is None else t.reshape(-1, t.shape[-1]) for t in here]
             total = total + affine_matmul(_channels(rows, x, group * width, width), weight)
-        out.append(total.reshape(*shape, -1))
+        out.append(total.reshape(*shape, total.shape[1]))
     y = torch.cat(out, -1).movedim(-1, 1 if batched else 0)
     return y.to(codes.dtype)
 

@@ -84,3 +84,29 @@ def test_errors() -> None:
     run_in_integers(packed)
     with pytest.raises(QuantizationError, match="do not fit"):
         packed(x)
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+@pytest.mark.parametrize("act", [STATIC, DENOISE])
+def test_an_empty_batch(layer: str, act: TensorPlan) -> None:
+    make, shape = LAYERS[layer]
+    model = fb.quantize(nn.Sequential(make()), Plan((("0", LayerPlan(WEIGHTS["channel"], act)),)), verbose=False)
+    packed = fb.pack(fb.calibrate(model, [torch.randn(shape)]))
+    empty = torch.randn(0, *shape[1:])
+    want = packed(empty)
+    run_in_integers(packed)
+    assert packed(empty).shape == want.shape and want.numel() == 0
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+def test_operands_go_where_the_layer_goes(layer: str) -> None:
+    make, shape = LAYERS[layer]
+    x = torch.randn(shape)
+    model = fb.quantize(nn.Sequential(make()), Plan((("0", LayerPlan(WEIGHTS["channel"], STATIC)),)), verbose=False)
+    packed = fb.pack(fb.calibrate(model, [x]))
+    in_integers = copy.deepcopy(packed)
+    run_in_integers(in_integers)
+    for net in (packed, in_integers):  # as .to(device) does it, but with a change that a CPU shows
+        net._apply(lambda t: t * 2 if t.is_floating_point() else t)
+    with torch.no_grad():
+        torch.testing.assert_close(in_integers(x), packed(x))
