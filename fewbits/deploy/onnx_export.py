@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fewbits.deploy.onnx_graph import finish_graph
 from fewbits.deploy.onnx_nodes import EmitActivation, EmitDynamic, EmitWeight, emit_layer, refine_for_bias
-from fewbits.deploy.packed import PackedLayer, PackedWeight
+from fewbits.deploy.packed import PackedLayer, PackedWeight, packed_class
 from fewbits.errors import ExportError, FewbitsError
 from fewbits.layers import quantized_layers
 from fewbits.layers.twins import SpatialTwin
@@ -56,7 +56,7 @@ def export_onnx(
         raise ExportError(f"mode must be one of {MODES}, got {mode!r}")
     if not any(isinstance(layer, PackedLayer) for layer in quantized_layers(packed).values()):
         raise ExportError("export_onnx takes a packed model: call fewbits.pack(model, example) first")
-    emitting = copy.deepcopy(packed).eval()
+    emitting, example = copy.deepcopy(packed).eval().cpu(), _on_cpu(example)
     types = _emit(emitting, mode)
     opset = OPSET_INT2 if any(kind.endswith("INT2") for kind in types.values()) else OPSET
     proto = trace(emitting, example, opset, dynamic_batch)
@@ -109,6 +109,13 @@ def trace(model: nn.Module, example: Any, opset: int, dynamic_batch: bool) -> An
     return program.model_proto
 
 
+def _on_cpu(example: Any) -> Any:
+    """Return an example where the exporter works: what the quantizers become is made there."""
+    if isinstance(example, tuple) or hasattr(example, "keys"):
+        return _map(example, _on_cpu)
+    return example.cpu() if isinstance(example, Tensor) else example
+
+
 def _own(error: BaseException | None) -> FewbitsError | None:
     """Return the error of ours that PyTorch's exporter has wrapped, if there is one."""
     while error is not None and not isinstance(error, FewbitsError):
@@ -148,6 +155,7 @@ def _emit(model: nn.Module, mode: str) -> dict[str, str]:
             types[name] = emitted[weight].kind
         del layer.packed
         layer.packed = emitted[weight]  # type: ignore[assignment]
+        layer.__class__ = packed_class(layer.float_class)  # also where it multiplied integers
         if linear:
             emit_layer(layer)
     for parent in list(model.modules()):

@@ -97,7 +97,8 @@ class EmitWeight(nn.Module):
     """Codes of a weight as an integer initializer and one DequantizeLinear, and the offset that is added to it.
 
     kind: "INT8", "INT4" or "INT2", the type that ``narrow`` gives the initializer afterwards (it is emitted as int8).
-    offset: None for most; else the shape of scale. DequantizeLinear knows integer zero points only.
+    offset: None for most; else the shape of scale. DequantizeLinear knows integer zero points only. Raises ExportError
+    for sparse weights on the odd grid of 8 bits: with the 0 of what is pruned they have more values than a byte.
     """
 
     codes: Tensor
@@ -108,6 +109,11 @@ class EmitWeight(nn.Module):
         super().__init__()
         self.odd = codes.grid.step == 2 and codes.grouping.block is None and _too_wide(codes, kind)
         codes = _halved(codes) if self.odd else _signed(codes, kind)
+        if codes.grid.lowest < -128:
+            raise ExportError(
+                f"sparse odd codes of {codes.grid.lowest}..{codes.grid.highest} and 0 fit no weight type of ONNX: use "
+                "at most 7 bits, odd=False, or no sparsity"
+            )
         values, scale, zero = codes.values, _scale_tensor(codes, codes.scale), codes.zero_point
         point = None if zero is None else _scale_tensor(codes, zero)
         offset = None if codes.offset is None else _scale_tensor(codes, codes.offset)

@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 import fewbits as fb
 from fewbits import LayerPlan, Plan, TensorPlan
-from fewbits.deploy import export_float
+from fewbits.deploy import export_float, run_in_integers
 from fewbits.deploy.onnx_nodes import refine_for_bias
 from fewbits.deploy.verify import open_session
 from fewbits.errors import ExportError
@@ -165,3 +166,38 @@ def test_a_file_that_gives_other_answers_fails_verification(
         fb.verify(tmp_path / "broken.onnx", model, [x])
     with pytest.raises(ExportError, match="at least one batch"):
         fb.verify(tmp_path / "other.onnx", model, [])
+
+
+def test_sparse_odd_codes_of_eight_bits_fit_no_type(tmp_path: Path) -> None:
+    x = torch.randn(3, 8)
+
+    def export(bits: int) -> None:
+        weight = TensorPlan(bits, "denoise", granularity="channel", sparsity="2:4", options={"odd": True})
+        model = fb.quantize(nn.Sequential(nn.Linear(8, 4)), Plan((("0", LayerPlan(weight)),)), verbose=False)
+        packed = fb.pack(model)
+        fb.export_onnx(packed, tmp_path / "m.onnx", x)
+        with torch.no_grad():
+            got = torch.from_numpy(open_session(tmp_path / "m.onnx")((x,)))
+            torch.testing.assert_close(got, packed(x), rtol=0, atol=0.02)  # the engine rounds x to 8 bits
+
+    export(7)
+    with pytest.raises(ExportError, match="-255..255 and 0 fit no weight type"):
+        export(8)
+
+
+def test_a_model_that_runs_in_integers_exports_like_the_packed_one(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 5, 5)
+    plan = Plan((("*", LayerPlan(TensorPlan(4, granularity="channel"), TensorPlan(4, symmetric=False))),))
+    packed = fb.pack(quantized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 4)), plan, [x]))
+    fb.export_onnx(packed, tmp_path / "packed.onnx", x)
+    assert run_in_integers(packed) == ["0", "2"]
+    fb.export_onnx(packed, tmp_path / "integers.onnx", x)
+    want, got = (open_session(tmp_path / f"{name}.onnx")((x,)) for name in ("packed", "integers"))
+    assert np.array_equal(want, got)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_on_a_gpu_is_exported(packed: tuple[nn.Module, torch.Tensor], tmp_path: Path) -> None:
+    model, x = packed
+    fb.export_onnx(copy.deepcopy(model).cuda(), tmp_path / "m.onnx", x.cuda())
+    fb.verify(tmp_path / "m.onnx", model, [x], min_agreement=90)
