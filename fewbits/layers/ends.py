@@ -7,6 +7,7 @@ One forward on an example shows it; nothing is traced. A linear layer runs on in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -41,8 +42,8 @@ class _Ends(TorchFunctionMode):
             self.source[id(tensor)] = name
             self.kept.append(tensor)
 
-    def enter(self, name: str, args: Any) -> None:
-        self.use(args, name)
+    def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.use((args, kwargs), name)
         self.inside += 1
 
     def leave(self, name: str, result: Any) -> None:
@@ -76,7 +77,8 @@ def open_ends(model: nn.Module, example: Any, inputs: Collection[str] | None = N
     ends = _Ends({**layers, **norms})
     handles: list[Any] = []
     for name, module in ends.modules.items():
-        handles.append(module.register_forward_pre_hook(lambda m, args, name=name: ends.enter(name, args)))
+        enter = functools.partial(ends.enter, name)
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(lambda m, args, y, name=name: ends.leave(name, y)))
     try:
         with in_eval(model), torch.no_grad(), ends:

@@ -82,3 +82,18 @@ def test_a_result_that_two_meet_is_its_own_end_and_not_the_norm_s() -> None:
             return self.next(self.norm(y)) * y
 
     assert open_ends(Meeting(), torch.randn(1, 2, 4, 4)) == ["conv", "next"]
+
+
+def test_a_layer_that_is_called_by_keyword_uses_its_input() -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.b(input=self.a(x))
+            return result
+
+    x = torch.randn(1, 2, 4, 4)
+    assert open_ends(ByKeyword(), x, inputs=["a"]) == ["a"]  # b takes float
+    assert open_ends(ByKeyword(), x) == []
