@@ -100,6 +100,8 @@ def _options(data: Data) -> dict[str, Any]:
     options = {**OPTIONS, **data.options}
     if type(options["context"]) is not int or not isinstance(options["tokens"], str):
         raise RecipeError(f"data.options: context is a whole number and tokens a text, got {data.options}")
+    if type(options["test"]) not in (int, float):
+        raise RecipeError(f"data.options.test is the last share of the text, above 0 and below 1, got {data.options}")
     return options
 
 

@@ -128,6 +128,7 @@ def build_language_model(name: str, **options: Any) -> nn.Module:
 def _library_model(transformers: Any, name: str, options: dict[str, Any]) -> Any:
     try:
         if name in transformers.CONFIG_MAPPING:
+            _check_fields(name, transformers.AutoConfig.for_model(name), options)
             config = transformers.AutoConfig.for_model(name, **options)
             return transformers.AutoModelForCausalLM.from_config(config)
         return transformers.AutoModelForCausalLM.from_pretrained(
@@ -142,6 +143,15 @@ def _library_model(transformers: Any, name: str, options: dict[str, Any]) -> Any
             f"transformers has no causal language model {name!r}{hint}: expected a folder with config.json and "
             f"weights, a model type, or a name that 'hf download' has fetched ({' '.join(str(error).split())[:200]})"
         ) from error
+
+
+def _check_fields(name: str, config: Any, options: dict[str, Any]) -> None:
+    """Raise RecipeError for an option that the configuration would keep, and the model ignore."""
+    for option in options:
+        if not (hasattr(config, option) or hasattr(config, f"_{option}")):
+            raise RecipeError(
+                f"{name} has no option {option!r}{nearest(option, config.to_dict())}; see its configuration"
+            )
 
 
 def is_language_model(name: str) -> bool:

@@ -159,3 +159,9 @@ def test_from_scratch_the_float_training_leaves_no_trace(tmp_path: Path) -> None
     assert alone["float"]["metrics"] != after["float"]["metrics"]
     for form in ("calibrated", "quantized"):
         assert alone[form]["metrics"] == after[form]["metrics"]
+
+
+@pytest.mark.parametrize("share", ["0.1", None, True])
+def test_the_share_of_the_test_text_is_a_number(share: Any) -> None:
+    with pytest.raises(RecipeError, match="data.options.test is the last share"):
+        load_texts(recipe(data={"source": "python_topics", "options": {"test": share}}))

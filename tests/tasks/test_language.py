@@ -161,3 +161,9 @@ def test_what_transformers_does_not_know_is_told(tmp_path: Path) -> None:
         build_language_model(f"transformers:{tmp_path}")
     with pytest.raises(RecipeError, match="unknown GPT configuration 'gpt3'"):
         build_language_model("gpt3")
+
+
+def test_an_option_that_a_configuration_does_not_know_is_told() -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(RecipeError, match="llama has no option 'hiden_size'.*hidden_size"):
+        build_language_model("transformers:llama", **LLAMA, hiden_size=8)
