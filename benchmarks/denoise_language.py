@@ -229,8 +229,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(losses: list[float]) -> str:
-    spread = statistics.stdev(losses) if len(losses) > 1 else math.nan
-    return f"{statistics.mean(losses):.3f} ± {spread:.3f}" if losses else ""
+    spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+    return f"{statistics.mean(losses):.3f}{spread}" if losses else ""
 
 
 if __name__ == "__main__":
