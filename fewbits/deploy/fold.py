@@ -7,6 +7,7 @@ BN(W x + b) = (g / sigma) W x + (b - mean) g / sigma + beta.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fewbits.deploy.packed import PackedLayer
 from fewbits.layers import QuantizedLayer, call, float_class
+from fewbits.layers.watch import tensors
 from fewbits.quantizers import Codes, Grouping
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -35,7 +37,7 @@ class _Uses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") not in ("__get__", "size", "dim", "numel", "is_contiguous"):
-            for value in _tensors((args, kwargs or {})):
+            for value in tensors((args, kwargs or {})):
                 if id(value) in self.count:
                     self.count[id(value)] += 1
         return func(*args, **(kwargs or {}))
@@ -75,21 +77,23 @@ def find_pairs(model: nn.Module, example: Any) -> dict[str, str]:
             made[id(output)] = name
             uses.watch(output)
 
-    def before_norm(name: str, x: Tensor) -> None:
+    def before_norm(name: str, norm: nn.Module, args: Any, kwargs: Any) -> None:
         runs[name] = runs.get(name, 0) + 1
-        if id(x) in made:
-            fed[name] = (made[id(x)], id(x))
+        for x in tensors((args, kwargs)):
+            if id(x) in made:
+                fed[name] = (made[id(x)], id(x))
 
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) and module.layer_plan.weight and module.output_quantizer is None:
             handles.append(module.register_forward_hook(lambda m, a, y, name=name: after_layer(name, y)))
         elif float_class(module) in NORMS and module.track_running_stats:
-            handles.append(module.register_forward_pre_hook(lambda m, a, name=name: before_norm(name, a[0])))
+            before = functools.partial(before_norm, name)
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
     try:
         with torch.no_grad(), uses:
             returned = call(model, example)
-        for tensor in _tensors(returned):  # what the model returns is used by its caller
+        for tensor in tensors(returned):  # what the model returns is used by its caller
             if id(tensor) in uses.count:
                 uses.count[id(tensor)] += 1
     finally:
@@ -143,11 +147,3 @@ def _row_channels(codes: Codes, axis: int, channels: int) -> Tensor:
     shape[axis] = -1
     index = torch.arange(codes.values.shape[axis]).reshape(shape).expand(codes.values.shape)
     return torch.cat([part[:, 0] for part in codes.grouping.rows(index)])
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    return [t for item in tree for t in _tensors(item)] if isinstance(tree, (list, tuple)) else []

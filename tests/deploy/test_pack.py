@@ -135,3 +135,20 @@ def test_a_norm_whose_input_is_returned_too_is_not_folded() -> None:
     x = torch.randn(2, 2, 4, 4)
     model = quantized(randomize(Both()), plan_for(4), [x])
     assert fb.pack(model, x).folded == {}
+
+
+def test_a_norm_that_is_called_by_keyword_is_folded_too() -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.norm(input=self.conv(x))
+            return result
+
+    x = torch.randn(4, 2, 5, 5)
+    model = quantized(randomize(ByKeyword()), plan_for(4, 4), [x])
+    packed = fb.pack(model, x)
+    assert packed.folded == {"norm": "conv"}
+    torch.testing.assert_close(packed(x), model.eval()(x))
