@@ -38,7 +38,7 @@ class IntegerLayer(PackedLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Take the operands along where the layer goes, as to another device."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.taps = _operands(self)
         return self
 

@@ -75,7 +75,7 @@ def trace(model: nn.Module, example: Any, opset: int, dynamic_batch: bool) -> An
     """Run PyTorch's exporter; return the ONNX model proto."""
     import logging
 
-    args = example if isinstance(example, tuple) or hasattr(example, "keys") else (example,)
+    args = (example,) if isinstance(example, Tensor) else _map(example, lambda a: a)  # as ``call`` does it
     if dynamic_batch:  # a batch of one would be taken for a constant
         args = _map(args, lambda a: torch.cat([a, a]) if isinstance(a, Tensor) and a.shape[:1] == (1,) else a)
     batch = torch.export.Dim("batch")
@@ -111,9 +111,9 @@ def trace(model: nn.Module, example: Any, opset: int, dynamic_batch: bool) -> An
 
 def _on_cpu(example: Any) -> Any:
     """Return an example where the exporter works: what the quantizers become is made there."""
-    if isinstance(example, tuple) or hasattr(example, "keys"):
-        return _map(example, _on_cpu)
-    return example.cpu() if isinstance(example, Tensor) else example
+    if isinstance(example, Tensor):
+        return example.cpu()
+    return _map(example, lambda a: a.cpu() if isinstance(a, Tensor) else a)
 
 
 def _own(error: BaseException | None) -> FewbitsError | None:

@@ -201,3 +201,19 @@ def test_a_model_on_a_gpu_is_exported(packed: tuple[nn.Module, torch.Tensor], tm
     model, x = packed
     fb.export_onnx(copy.deepcopy(model).cuda(), tmp_path / "m.onnx", x.cuda())
     fb.verify(tmp_path / "m.onnx", model, [x], min_agreement=90)
+
+
+def test_a_list_holds_positional_arguments_as_for_calibrate(tmp_path: Path) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return torch.sub(self.a(x), self.b(y))
+
+    batch = [torch.randn(3, 4), torch.randn(3, 4)]
+    packed = fb.pack(quantized(Sum(), Plan((("*", LayerPlan(TensorPlan(8), EIGHT)),)), [batch]), batch)
+    fb.export_onnx(packed, tmp_path / "m.onnx", batch)
+    got = torch.from_numpy(open_session(tmp_path / "m.onnx")(tuple(batch)))
+    torch.testing.assert_close(got, packed(*batch), rtol=0, atol=1e-3)
