@@ -71,7 +71,8 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: to
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+    below = logits - logits.amax(-1, keepdim=True)  # 0 for the likeliest, so that no temperature makes it infinite
+    return torch.multinomial((below / temperature).softmax(-1), 1, generator=generator)
 
 
 def _check(model: Any, tokens: Tensor, n: int, temperature: float, top_k: int | None) -> None:
@@ -80,7 +81,7 @@ def _check(model: Any, tokens: Tensor, n: int, temperature: float, top_k: int | 
             f"generate takes int64 tokens [batch, length] with at least one token, got {tokens.dtype} "
             f"{list(tokens.shape)}; encode a prompt that is not empty"
         )
-    if n < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+    if n < 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
         raise DataError(f"need n >= 0, temperature >= 0 and top_k >= 1, got {n}, {temperature} and {top_k}")
     context, vocabulary = getattr(model, "context", None), getattr(model, "vocabulary", None)
     end = tokens.shape[1] + n - 1  # the last one is not read any more

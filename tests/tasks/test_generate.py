@@ -95,3 +95,10 @@ def test_what_cannot_be_generated_is_told() -> None:
         generate(model, torch.zeros(1, 0, dtype=torch.int64), 1)
     with pytest.raises(DataError, match="temperature >= 0"):
         generate(model, PROMPT, 1, temperature=-1)
+
+
+def test_a_temperature_near_zero_takes_the_likeliest() -> None:
+    model, prompt = gpt("gpt_nano", vocabulary=9, context=8), torch.tensor([[1, 2]])
+    assert torch.equal(generate(model, prompt, 4, temperature=1e-40), generate(model, prompt, 4))
+    with pytest.raises(DataError, match="temperature >= 0"):
+        generate(model, prompt, 4, temperature=float("nan"))
