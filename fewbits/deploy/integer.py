@@ -49,7 +49,7 @@ class IntegerLayer(PackedLayer):
 def run_in_integers(packed: nn.Module) -> list[str]:
     """Let the linear layers and convolutions of a packed model multiply integers, in place; return their names.
 
-    Those without a quantized input of at most 8 bits, or with a padding that is not zeros, stay as they are. The model
+    Those without an input of at most 8 bits, quantized per tensor or in blocks, or with a padding that is not zeros, stay as they are. The model
     keeps the weights once more as int8, for speed. Raises QuantizationError if nothing is packed.
     """
     layers = {n: layer for n, layer in quantized_layers(packed).items() if isinstance(layer, PackedLayer)}
@@ -64,7 +64,8 @@ def run_in_integers(packed: nn.Module) -> list[str]:
 
 
 def _fits(layer: Any) -> bool:
-    if layer.input_quantizer is None or layer.input_quantizer.bits > 8:
+    quantizer = layer.input_quantizer
+    if quantizer is None or quantizer.bits > 8 or quantizer.plan.granularity in ("channel", "head"):
         return False
     return layer.is_linear or (isinstance(layer, ConvTwin) and layer.padding_mode == "zeros")
 

@@ -38,7 +38,7 @@ class Watch(TorchFunctionMode):
     def __enter__(self) -> Watch:
         for name, layer in self.layers.items():
             self.handles.append(layer.register_forward_pre_hook(lambda *_, name=name: self._enter(name)))
-            self.handles.append(layer.register_forward_hook(lambda *_: self._leave()))
+            self.handles.append(layer.register_forward_hook(lambda *_: self._leave(), always_call=True))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 

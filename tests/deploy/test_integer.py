@@ -59,10 +59,10 @@ def test_what_stays_in_float() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.weight_only, self.reflect = nn.Linear(4, 4), nn.Conv1d(4, 4, 3, padding=1, padding_mode="reflect")
-            self.wide = nn.Linear(4, 4)
+            self.wide, self.by_channel = nn.Linear(4, 4), nn.Linear(4, 4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.wide(self.reflect(self.weight_only(x)))
+            return self.by_channel(self.wide(self.reflect(self.weight_only(x))))
 
     four, x = TensorPlan(4), torch.randn(2, 4, 4)
     rules = (
@@ -70,6 +70,7 @@ def test_what_stays_in_float() -> None:
         ("reflect", LayerPlan(four, STATIC)),
         ("wide", LayerPlan(four, TensorPlan(16, "ste", symmetric=False))),
     )
+    rules += (("by_channel", LayerPlan(four, TensorPlan(4, "ste", granularity="channel"))),)
     packed = fb.pack(fb.calibrate(fb.quantize(Net(), Plan(rules), verbose=False), [x]))
     assert run_in_integers(packed) == []
 
