@@ -49,8 +49,9 @@ class IntegerLayer(PackedLayer):
 def run_in_integers(packed: nn.Module) -> list[str]:
     """Let the linear layers and convolutions of a packed model multiply integers, in place; return their names.
 
-    Those without an input of at most 8 bits, quantized per tensor or in blocks, or with a padding that is not zeros, stay as they are. The model
-    keeps the weights once more as int8, for speed. Raises QuantizationError if nothing is packed.
+    Those without an input of at most 8 bits, quantized per tensor or in blocks, or with a padding that is not zeros,
+    stay as they are. The model keeps the weights once more as int8, for speed. Raises QuantizationError if nothing is
+    packed.
     """
     layers = {n: layer for n, layer in quantized_layers(packed).items() if isinstance(layer, PackedLayer)}
     if not layers:
