@@ -81,7 +81,9 @@ def trace(model: nn.Module, example: Any, opset: int, dynamic_batch: bool) -> An
     batch = torch.export.Dim("batch")
     free = _map(args, lambda a: {0: batch} if isinstance(a, Tensor) and a.ndim else None)
     given: Any = {"kwargs": args} if hasattr(args, "keys") else {"args": args}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -105,6 +107,8 @@ def trace(model: nn.Module, example: Any, opset: int, dynamic_batch: bool) -> An
             f"PyTorch could not export this model to ONNX ({reason[0] if reason else type(cause).__name__}); "
             "does the float model export, and with dynamic_batch=False?"
         ) from error
+    finally:
+        logger.setLevel(level)
     assert program is not None
     return program.model_proto
 

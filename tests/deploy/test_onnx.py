@@ -1,4 +1,5 @@
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,15 @@ def test_larger_codes_are_the_same_weight_and_round_the_bias_finer() -> None:
         return ((bias / unit).round() * unit - bias).abs().max()
 
     assert error(refined.scale) < 0.1 * error(codes.scale)
+
+
+def test_export_leaves_the_log_level_of_pytorch_as_it_was(
+    packed: tuple[nn.Module, torch.Tensor], tmp_path: Path
+) -> None:
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    fb.export_onnx(packed[0], tmp_path / "m.onnx", packed[1])
+    assert logger.level == before
 
 
 def test_what_cannot_be_exported_is_an_error(packed: tuple[nn.Module, torch.Tensor], tmp_path: Path) -> None:
