@@ -25,6 +25,10 @@ class BudgetError(FewbitsError):
     """A budget that no plan can meet."""
 
 
+class HardwareError(FewbitsError):
+    """A hardware description that is malformed, or that cannot run what a plan asks of it."""
+
+
 class DataError(FewbitsError):
     """Input data that is missing, empty or out of range."""
 
