@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from fewbits.allocate import separable, uniform
+from fewbits.allocate import order, separable, uniform
 from fewbits.allocate.budget import Budget, plan_costs
+from fewbits.allocate.hessian import hessian, hessian_traces
+from fewbits.allocate.measured import measured
 from fewbits.allocate.problem import METHODS, Problem, allocator, find_method
 from fewbits.allocate.sensitivity import fisher, weight_mse
 from fewbits.allocate.solver import Solution, solve
@@ -20,8 +22,8 @@ from fewbits.cost import model_shape
 from fewbits.plan import Plan
 
 __all__ = [
-    "METHODS", "Budget", "Problem", "Solution", "Style", "allocate", "allocator", "fisher", "plan_costs", "separable",
-    "solve", "uniform", "uniform_plan", "weight_mse",
+    "METHODS", "Budget", "Problem", "Solution", "Style", "allocate", "allocator", "fisher", "hessian",
+    "hessian_traces", "measured", "order", "plan_costs", "separable", "solve", "uniform", "uniform_plan", "weight_mse",
 ]  # fmt: skip
 
 
@@ -43,7 +45,8 @@ def allocate(
 ) -> Plan:
     """Return a plan for ``model`` within ``budget``; ``plan.decided_from`` tells method, budget and predicted cost.
 
-    method: a name in ``METHODS``; options: its own arguments (solver: sensitivity, batches, loss, tolerance).
+    method: a name in ``METHODS``; options: its own arguments (solver: sensitivity, batches, loss, probes,
+    seed, tolerance; random: seed).
     example: a batch (tensor, tuple or dict of arguments); a budget of bops needs it, and with it the size counts batch
     norms as folded, as ``pack(model, example)`` folds them. menu: weight bits to choose from. The rest: as of
     ``uniform_plan``.

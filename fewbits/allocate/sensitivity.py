@@ -52,11 +52,11 @@ def weight_mse(
     """
     error = quantize_error or style_error(Style())
     found = {}
-    for name, layer in _weighted(model).items():
+    for name, layer in own_layers(model).items():
         weight, _, share = _sampled(layer, sample)
         power = float(weight.double().square().sum())
         unit = max(power, torch.finfo(torch.float32).tiny) if relative else share
-        squares = (_error(error, name, layer, weight, bits).double().square() for bits in _menu(menu, name))
+        squares = (layer_error(error, name, layer, weight, bits).double().square() for bits in widths_of(menu, name))
         found[name] = [float(square.sum()) / unit for square in squares]
     return found
 
@@ -79,18 +79,23 @@ def fisher(
     eval mode; its mode, its gradients and ``requires_grad`` are as before afterwards. Raises DataError if there are
     no batches or a loss is not finite. Other arguments: as of ``weight_mse``.
     """
-    error, layers = quantize_error or style_error(Style()), _weighted(model)
+    error, layers = quantize_error or style_error(Style()), own_layers(model)
     squared = _mean_squared_gradients(model, layers, batches, loss)
     found = {}
     for name, layer in layers.items():
         weight, channels, share = _sampled(layer, sample)
         importance = squared[name].index_select(_axis(layer), channels).double()
-        errors = (_error(error, name, layer, weight, bits) for bits in _menu(menu, name))
+        errors = (layer_error(error, name, layer, weight, bits) for bits in widths_of(menu, name))
         found[name] = [float((importance * e.double().square()).sum()) / 2 / share for e in errors]
     return found
 
 
-def _weighted(model: nn.Module) -> dict[str, nn.Module]:
+def own_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights of ``own_layers`` by the layer's name."""
+    return {name: _weight(layer) for name, layer in own_layers(model).items()}
+
+
+def own_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers with a weight; of those that share one, the first."""
     own: dict[int, str] = {}
     layers = {n: m for n, m in require_layers(model).items() if layer_weight(m) is not None}
@@ -118,11 +123,13 @@ def _sampled(layer: nn.Module, sample: int) -> tuple[Tensor, Tensor, float]:
     return weight.index_select(axis, index), index, kept / count
 
 
-def _menu(menu: Menu, name: str) -> Sequence[int]:
+def widths_of(menu: Menu, name: str) -> Sequence[int]:
+    """Return the widths that a menu has for a layer."""
     return menu[name] if isinstance(menu, Mapping) else menu
 
 
-def _error(error: QuantizeError, name: str, layer: nn.Module, weight: Tensor, bits: int) -> Tensor:
+def layer_error(error: QuantizeError, name: str, layer: nn.Module, weight: Tensor, bits: int) -> Tensor:
+    """Return the error of a layer's weight at a width. Raises QuantizationError, naming the layer."""
     try:
         with torch.no_grad():
             return error(layer, weight, bits)
@@ -136,16 +143,12 @@ def _mean_squared_gradients(
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
 ) -> dict[str, Tensor]:
-    weights = {name: _weight(layer) for name, layer in layers.items()}
+    weights = own_weights(model)
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     count = 0
-    with _probing(model, weights.values()):
+    with probing(model, weights.values()):
         for count, batch in enumerate(batches, start=1):
-            value = loss(model, batch)
-            if not bool(torch.isfinite(value)):
-                raise DataError(
-                    f"the loss of batch {count} is {float(value.detach())}: look for NaN or Inf in it, or in the model"
-                )
+            value = checked_loss(loss, model, batch, count)
             gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
             for name, gradient in zip(sums, gradients):
                 if gradient is not None:
@@ -155,8 +158,21 @@ def _mean_squared_gradients(
     return {name: total / count for name, total in sums.items()}
 
 
+def checked_loss(
+    loss: Callable[[nn.Module, Any], Tensor], model: nn.Module, batch: Any, count: int, when: str = ""
+) -> Tensor:
+    """Return the loss of batch number ``count``. Raises DataError, with ``when`` in its words, unless it is finite."""
+    value = loss(model, batch)
+    if not bool(torch.isfinite(value)):
+        raise DataError(
+            f"the loss of batch {count} is {float(value.detach())}{when and ' ' + when}: look for NaN or Inf in it, or "
+            "in the model"
+        )
+    return value
+
+
 @contextmanager
-def _probing(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
+def probing(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
     """Inside, the model runs in float and eval mode, and its weights require gradients."""
     training = {module: module.training for module in model.modules()}
     frozen = [weight for weight in weights if not weight.requires_grad]

@@ -68,7 +68,7 @@ def _decide(model: nn.Module, recipe: Recipe, example: Tensor, batches: Iterable
         return uniform_plan(model, given.weight_bits, **style)
     budget = Budget(**recipe.budget.model_dump())
     options: dict[str, Any] = dict(given.options)
-    if options.get("sensitivity") == "fisher":
+    if options.get("sensitivity") in ("fisher", "hessian", "measured"):
         options |= {"batches": batches, "loss": loss}
     return allocate(model, budget, method=given.method, example=example, menu=given.menu, **style, **options)
 
