@@ -132,18 +132,25 @@ def cost(
     act_bits: ActBits = None,
     first_last: FirstLast = 8,
     plan: Annotated[Path | None, typer.Option(help="A plan.json, in place of uniform bits.")] = None,
+    hardware: Annotated[str, typer.Option(help="int8_mac, shift_add, cpu, npu, or a YAML file.")] = "shift_add",
+    weights: Annotated[str | None, typer.Option(help="File with float weights.  [default: random]")] = None,
     input_shape: Input = None,
     classes: Classes = None,
     as_json: Json = False,
 ) -> None:
-    """Print bytes and bit operations of a plan."""
+    """Print bytes, bit operations, cycles and energy of a plan.
+
+    Cycles of the shift-add MAC are those of the weights at hand: of random ones without --weights.
+    """
     with _answer(as_json) as answer:
         from fewbits.recipes.models import cost as cost_of
         from fewbits.recipes.models import named_model, plan_for
 
-        built, example = named_model(model, classes, _numbers("--input", input_shape))
+        built, example = named_model(model, classes, _numbers("--input", input_shape), weights)
         chosen = plan_for(built, plan, weight_bits, act_bits, first_last)
-        answer.update({"model": model, "input": list(example.shape[1:])}, **cost_of(built, example, chosen))
+        found = cost_of(built, example, chosen, hardware)
+        found["hardware"]["weights"] = weights or "random"
+        answer.update({"model": model, "input": list(example.shape[1:])}, **found)
         answer.shown = lambda: _show_cost(answer.data, model)
 
 
@@ -299,10 +306,13 @@ def _show_cost(data: dict[str, Any], title: str) -> None:
     from rich.table import Table
 
     table = Table("layer", "type", title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("weights", "bits", "bytes", "MACs", "BOPs"):
+    hardware = data.get("hardware")
+    for column in ("weights", "bits", "bytes", "MACs", "BOPs", *(("cycles", "uJ") if hardware else ())):
         table.add_column(column, justify="right")
     for row in data["layers"]:
-        numbers = (f"{row[k]:,}" for k in ("weights", "bits", "bytes", "macs", "bops"))
+        numbers = [f"{row[k]:,}" for k in ("weights", "bits", "bytes", "macs", "bops")]
+        if hardware:
+            numbers += [_cycles(row), f"{sum(row['energy_uj'].values()):,.3g}"]
         table.add_row(row["name"], row["kind"], *numbers)
     console = Console()
     console.print(table)
@@ -310,6 +320,25 @@ def _show_cost(data: dict[str, Any], title: str) -> None:
         f"{data['weights']:,} weights, {data['average_weight_bits']:.2f} bits on average; {data['bytes']:,} bytes "
         f"(float {data['float_bytes']:,}, {data['float_bytes'] / data['bytes']:.1f}x); {data['bops']:,} bit operations",
         highlight=False,
+    )
+    if hardware:
+        console.print(_hardware_line(data, hardware), highlight=False)
+
+
+def _cycles(row: dict[str, Any]) -> str:
+    return "-" if row["cycles"] is None else f"{row['cycles']:,.0f}"
+
+
+def _hardware_line(data: dict[str, Any], hardware: dict[str, Any]) -> str:
+    measured = hardware["cycles_from"] == "the weights at hand"
+    whose = f", measured on {hardware['weights']} weights" if measured else ""
+    if hardware["float_inputs_fed_as_8_bits"]:
+        whose += ", float inputs fed as 8 bits"
+    energy = data["energy_uj"]
+    return (
+        f"{hardware['name']}: {_cycles(data)} cycles{whose}; {energy['compute']:,.4g} uJ to compute "
+        f"({hardware['energy_ratio']:.3f} of INT8), {energy['memory']:,.4g} uJ to read weights and inputs; "
+        f"{data['latency_ms']:,.4g} ms (computing takes {hardware['latency_ratio']:.2f} times INT8)"
     )
 
 

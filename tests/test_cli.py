@@ -67,7 +67,18 @@ def test_the_cost_of_resnet50_as_json(capsys: pytest.CaptureFixture[str]) -> Non
     assert found["weights"] == 25_502_912 and len(found["layers"]) == 54
     assert 25_502_912 < found["bytes"] < 1.02 * 25_502_912
     assert found["bops"] == found["macs"] * 8 * 32
-    assert {"name", "kind", "weights", "bits", "bytes", "macs", "bops"} == set(found["layers"][0])
+    of_hardware = {"cycles", "energy_uj", "latency_ms", "bound"}
+    assert {"name", "kind", "weights", "bits", "bytes", "macs", "bops"} | of_hardware == set(found["layers"][0])
+    assert 4.0 < found["cycles"] / found["macs"] < 4.1, "the shift-add MAC, on random weights"
+    assert found["cycles"] == pytest.approx(sum(row["cycles"] for row in found["layers"]))
+    assert set(found["energy_uj"]) == {"compute", "memory"} and found["hardware"]["weights"] == "random"
+
+
+def test_the_cost_on_other_hardware(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "cost", "reference_cnn", "--act-bits", "8", "--hardware", "npu")
+    assert found["cycles"] is None and found["hardware"]["latency_ratio"] == pytest.approx(1)
+    code, out, _ = call(capsys, "cost", "reference_cnn", "--weight-bits", "4")
+    assert code == 0 and "measured on random weights, float inputs fed as 8 bits" in " ".join(out.split())
 
 
 def test_the_cost_of_a_language_model_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +112,8 @@ def test_an_allocation_becomes_a_plan_that_cost_reads(capsys: pytest.CaptureFixt
         (["allocate", "reference_cnn"], "needs at least one limit"),
         (["cost", "resnet21"], "'resnet21' is not among fewbits' own models; did you mean"),
         (["cost", "reference_cnn", "--weight-bits", "9"], "weight_bits must be one of"),
+        (["cost", "reference_cnn", "--hardware", "npu"], "needs products of float, this hardware runs [4, 8, 16]"),
+        (["cost", "reference_cnn", "--hardware", "cpus"], "there is no hardware 'cpus'; did you mean 'cpu'"),
         (["resume", "nothing"], "'nothing' is no run folder"),
         (["report", "nothing"], "result.json does not exist"),
         (["bench", "nothing.onnx"], "'nothing.onnx' is no run folder"),

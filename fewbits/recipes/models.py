@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.allocate import Budget, allocate, uniform_plan
-from fewbits.cost import bops, layer_bops, model_shape, size
+from fewbits.cost import (
+    Hardware,
+    LayerCost,
+    MacArray,
+    ModelShape,
+    bops,
+    hardware_cost,
+    layer_bops,
+    model_shape,
+    plan_cycles,
+    size,
+)
 from fewbits.errors import RecipeError
 from fewbits.plan import Plan
 from fewbits.recipes.images import find_weights
@@ -69,8 +80,13 @@ def _file(weights: str | None) -> Path | None:
     return path
 
 
-def cost(model: nn.Module, example: Tensor, plan: Plan) -> dict[str, Any]:
-    """Return what a plan costs: layers, weights, bytes, bit operations of one input."""
+def cost(model: nn.Module, example: Tensor, plan: Plan, hardware: str | Path | None = None) -> dict[str, Any]:
+    """Return what a plan costs: layers, weights, bytes, bit operations of one input.
+
+    hardware: a name or a file; its cycles, energy and latency then come along. Cycles that a description measures are
+    those of the weights that the model holds.
+    """
+    described = None if hardware is None else Hardware.load(hardware)
     shape = model_shape(model, example)
     weighed, decided = size(plan, shape), plan.resolve(shape.names, shape.outputs)
     layers = [
@@ -85,7 +101,7 @@ def cost(model: nn.Module, example: Tensor, plan: Plan) -> dict[str, Any]:
         }
         for layer, row in zip(shape.layers, weighed.layers)
     ]
-    return {
+    answer = {
         "layers": layers,
         "weights": shape.numel,
         "bytes": weighed.total,
@@ -93,6 +109,49 @@ def cost(model: nn.Module, example: Tensor, plan: Plan) -> dict[str, Any]:
         "average_weight_bits": weighed.average_weight_bits,
         "macs": sum(layer.macs + layer.operand_macs for layer in shape.layers),
         "bops": bops(plan, shape),
+    }
+    return answer if described is None else _on_hardware(answer, described, model, shape, plan)
+
+
+def _on_hardware(
+    answer: dict[str, Any], hardware: Hardware, model: nn.Module, shape: ModelShape, plan: Plan
+) -> dict[str, Any]:
+    """Return ``answer`` with what the plan costs on hardware, for each layer and in total."""
+    found = hardware_cost(plan, shape, hardware, plan_cycles(model, plan) if hardware.measures_cycles else None)
+    rows = [row | _layer_on_hardware(cost) for row, cost in zip(answer["layers"], found.layers)]
+    return answer | {
+        "layers": rows,
+        "cycles": found.cycles,
+        "energy_uj": {"compute": found.compute_energy, "memory": found.memory_energy},
+        "latency_ms": found.latency,
+        "hardware": {
+            "name": hardware.name,
+            "cycles_from": "the weights at hand" if hardware.measures_cycles else "the description",
+            "float_inputs_fed_as_8_bits": _float_inputs_fed(hardware, shape, plan),
+            "energy_ratio": found.energy_ratio,
+            "latency_ratio": found.latency_ratio,
+            "mac_area_um2": found.mac_area,
+            "area_ratio": found.area_ratio,
+            "notes": hardware.notes,
+        },
+    }
+
+
+def _float_inputs_fed(hardware: Hardware, shape: ModelShape, plan: Plan) -> int:
+    """Return the number of layers whose input the plan leaves in float and the hardware takes as 8 bits."""
+    if not isinstance(hardware.engine, MacArray):
+        return 0
+    decided = plan.resolve(shape.names, shape.outputs)
+    found = (decided.get(layer.name) for layer in shape.layers if layer.macs)
+    return sum(layer is None or layer.input is None for layer in found)
+
+
+def _layer_on_hardware(cost: LayerCost) -> dict[str, Any]:
+    return {
+        "cycles": cost.cycles,
+        "energy_uj": {"compute": cost.compute_energy, "memory": cost.memory_energy},
+        "latency_ms": cost.latency,
+        "bound": cost.bound,
     }
 
 
