@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fewbits.errors import DataError
-from fewbits.report import charts, classes, curves, layers, load, sizes, summary, text
+from fewbits.report import charts, classes, curves, layers, load, search, sizes, summary, text
 from fewbits.report.schema import Result
 
 
@@ -57,6 +57,10 @@ def _content(result: Result, log: load.Log) -> dict[str, Any]:
         "summary": summary.summary(result),
         "bit_map": layers.bit_map(result.layers) if result.layers else None,
         "bits_used": _bits_used(result),
+        "search_way": search.way(result.search) if result.search else None,
+        "search_layers": search.sigma_and_kl(result.search) if result.search else [],
+        "search_history": search.history(result.search) if result.search else None,
+        "hardware": search.hardware(result.hardware, result.layers),
         "size_parts": sizes.size_parts(result),
         "size_files": sizes.size_files(result),
         "curves": drawn,

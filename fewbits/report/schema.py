@@ -111,6 +111,63 @@ class Histogram(Part):
         return self
 
 
+class SearchLayer(Part):
+    """One layer as a search of bit widths saw it. kl: divergence at each width, by the width as text."""
+
+    name: str
+    sigma: float | None = None
+    kl: dict[str, float | None] = {}
+    cluster: int | None = None
+
+
+class SearchStep(Part):
+    """One configuration that a search tried: bits by layer, what it measured, and what it did next."""
+
+    step: int
+    phase: int | str | None = None
+    bits: dict[str, float] = {}
+    accuracy: float | None = None
+    costs: dict[str, float | None] = {}
+    region: str = ""
+    moved: list[str] = []
+    status: str = ""
+
+
+class SearchReference(Part):
+    """What accuracy and costs are compared with."""
+
+    accuracy: float | None = None
+    costs: dict[str, float | None] = {}
+
+
+class Search(Part):
+    """A search of bit widths. targets, buffers: "accuracy", and costs by the names of limits; the first cost leads."""
+
+    status: str = ""
+    reference: SearchReference = SearchReference()
+    targets: dict[str, float | None] = {}
+    buffers: dict[str, float | None] = {}
+    layers: list[SearchLayer] = []
+    log: list[SearchStep] = []
+
+
+class HardwareLayer(Part):
+    """What one layer costs on a hardware: cycles, microjoules and milliseconds for one example."""
+
+    name: str
+    cycles: float | None = None
+    compute_energy_uj: float | None = None
+    memory_energy_uj: float | None = None
+    latency_ms: float | None = None
+
+
+class Hardware(Part):
+    """The layers on one hardware description."""
+
+    name: str = ""
+    layers: list[HardwareLayer] = []
+
+
 class Result(Part):
     """The whole file."""
 
@@ -128,6 +185,8 @@ class Result(Part):
     histograms: dict[str, Histogram] | None = None
     budget: dict[str, Any] | None = None
     environment: dict[str, Any] | None = None
+    search: Search | None = None
+    hardware: Hardware | None = None
 
     @property
     def forms(self) -> list[tuple[str, Measured]]:
