@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fewbits.plan import LayerPlan, Plan, TensorPlan
 
 if TYPE_CHECKING:
-    from fewbits.allocate import Budget, allocate, uniform_plan
+    from fewbits.allocate import Budget, allocate, sigma_search, uniform_plan
     from fewbits.deploy import align_biases, export_onnx, load, pack, save, verify
     from fewbits.layers import calibrate, dequantize, quantize
     from fewbits.train import FitConfig, fit
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {  # imported on first use, so that ``import fewbits`` and ``fewbits --help`` stay quick
-    "Budget": "allocate", "allocate": "allocate", "uniform_plan": "allocate",
+    "Budget": "allocate", "allocate": "allocate", "sigma_search": "allocate", "uniform_plan": "allocate",
     "align_biases": "deploy", "export_onnx": "deploy", "load": "deploy", "pack": "deploy", "save": "deploy",
     "verify": "deploy",
     "calibrate": "layers", "dequantize": "layers", "quantize": "layers",
@@ -25,7 +25,7 @@ _LAZY = {  # imported on first use, so that ``import fewbits`` and ``fewbits --h
 
 __all__ = [
     "Budget", "FitConfig", "LayerPlan", "Plan", "TensorPlan", "align_biases", "allocate", "calibrate", "dequantize",
-    "export_onnx", "fit", "load", "pack", "quantize", "save", "uniform_plan", "verify",
+    "export_onnx", "fit", "load", "pack", "quantize", "save", "sigma_search", "uniform_plan", "verify",
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class FewbitsError(Exception):
@@ -27,6 +28,12 @@ class BudgetError(FewbitsError):
 
 class HardwareError(FewbitsError):
     """A hardware description that is malformed, or that cannot run what a plan asks of it."""
+
+
+class SearchError(FewbitsError):
+    """A search that cannot go on: what trains or measures the model failed. ``log``: its steps so far."""
+
+    log: tuple[dict[str, Any], ...] = ()
 
 
 class DataError(FewbitsError):

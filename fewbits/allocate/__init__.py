@@ -13,8 +13,10 @@ from fewbits.allocate import order, separable, uniform
 from fewbits.allocate.budget import Budget, plan_costs
 from fewbits.allocate.hessian import hessian, hessian_traces
 from fewbits.allocate.measured import measured
-from fewbits.allocate.problem import METHODS, Problem, allocator, find_method
+from fewbits.allocate.problem import METHODS, Problem, allocator, find_method, require_takes
+from fewbits.allocate.search_settings import SearchSettings
 from fewbits.allocate.sensitivity import fisher, weight_mse
+from fewbits.allocate.sigma import SearchResult, sigma, sigma_search
 from fewbits.allocate.solver import Solution, solve
 from fewbits.allocate.style import Style
 from fewbits.allocate.uniform import uniform_plan
@@ -22,8 +24,9 @@ from fewbits.cost import model_shape
 from fewbits.plan import Plan
 
 __all__ = [
-    "METHODS", "Budget", "Problem", "Solution", "Style", "allocate", "allocator", "fisher", "hessian",
-    "hessian_traces", "measured", "order", "plan_costs", "separable", "solve", "uniform", "uniform_plan", "weight_mse",
+    "METHODS", "Budget", "Problem", "SearchResult", "SearchSettings", "Solution", "Style", "allocate", "allocator",
+    "fisher", "hessian", "hessian_traces", "measured", "order", "plan_costs", "separable", "sigma", "sigma_search",
+    "solve", "uniform", "uniform_plan", "weight_mse",
 ]  # fmt: skip
 
 
@@ -46,15 +49,16 @@ def allocate(
     """Return a plan for ``model`` within ``budget``; ``plan.decided_from`` tells method, budget and predicted cost.
 
     method: a name in ``METHODS``; options: its own arguments (solver: sensitivity, batches, loss, probes,
-    seed, tolerance; random: seed).
-    example: a batch (tensor, tuple or dict of arguments); a budget of bops needs it, and with it the size counts batch
-    norms as folded, as ``pack(model, example)`` folds them. menu: weight bits to choose from. The rest: as of
-    ``uniform_plan``.
+    seed, tolerance; random: seed; sigma: finetune, evaluate, calibration, state and fields of ``SearchSettings``).
+    example: a batch (tensor, tuple or dict of arguments); a budget of bops, energy or latency needs it, and with it the
+    size counts batch norms as folded, as ``pack(model, example)`` folds them. menu: weight bits to choose from. The
+    rest: as of ``uniform_plan``.
 
     Raises PlanError for an unknown method or option (with near names) or bits, BudgetError for a budget below what
     is possible (saying the minimum), QuantizationError for a model without quantizable layers.
     """
     chosen = find_method(method, options)
+    require_takes(method, budget)
     style = Style(act_bits, first_last, quantizer, act_quantizer, granularity, block, range)
     problem = Problem(model, model_shape(model, example), budget, tuple(menu), style)
     return chosen(problem, **options)

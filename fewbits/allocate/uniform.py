@@ -6,7 +6,6 @@ import dataclasses
 
 from torch import nn
 
-from fewbits.allocate.budget import plan_costs
 from fewbits.allocate.problem import Problem, allocator
 from fewbits.allocate.style import Style, check_bits
 from fewbits.cost import model_shape
@@ -44,7 +43,7 @@ def uniform(problem: Problem) -> Plan:
     """Take the most bits of the menu that meet every limit. Raises BudgetError, saying the least that is possible."""
     for bits in reversed(problem.menu):
         plan = problem.plan(dict.fromkeys(problem.shape.names, bits), "uniform", weight_bits=bits)
-        exceeded = problem.budget.exceeded(plan_costs(plan, problem.shape))
+        exceeded = problem.budget.exceeded(problem.plan_costs(plan))
         if not exceeded:
             return plan
     needs = ", ".join(
