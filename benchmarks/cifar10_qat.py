@@ -152,8 +152,8 @@ class Bench:
         self.write(**key, steps=steps, batch=self.args.batch, top1=top1, seconds=seconds, setup=setup)
         return float(top1)
 
-    def train_model(self, model: nn.Module, seed: int, lr: float, steps: int, groups: Any) -> None:
-        """Train in a plain loop, the same for every arm."""
+    def train_model(self, model: nn.Module, seed: int, lr: float, steps: int, groups: Any, *, first: int = 0) -> None:
+        """Train in a plain loop, the same for every arm, on the batches from number ``first`` on."""
         torch.manual_seed(seed)
         decay = 1e-4
         parameters = groups(lr, decay) if groups else [{"params": list(model.parameters()), "weight_decay": decay}]
@@ -161,7 +161,7 @@ class Bench:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         batches = Batches(self.train, self.args.batch, seed=seed)
         model.train()
-        for step in range(steps):
+        for step in range(first, first + steps):
             loss = cross_entropy(model, batches.batch(step // len(batches), step % len(batches)))
             optimizer.zero_grad()
             loss.backward()
