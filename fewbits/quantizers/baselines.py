@@ -37,8 +37,8 @@ class AbsMax(Rule):
         elif pruned is None:
             scale = mean_magnitude(x)
         else:  # of what is left
-            kept = (~pruned).sum(1, keepdim=True).clamp_(min=1)
-            scale = mean_magnitude(prune(x, pruned)) * (x.shape[1] / kept)
+            kept = (~pruned).sum(-1, keepdim=True).clamp_(min=1)
+            scale = mean_magnitude(prune(x, pruned)) * (x.shape[-1] / kept)
         values = prune(to_grid(x / scale, self.grid), pruned)
         return Fit(values, scale.clamp_(max=HUGE / self.grid.highest), None)
 
@@ -48,7 +48,7 @@ class Sign(Rule):
 
     def fit(self, x: Tensor, pruned: Tensor | None) -> Fit:
         """Return signs and scale."""
-        mean = (x / x.shape[1]).sum(1, keepdim=True)
+        mean = (x / x.shape[-1]).sum(-1, keepdim=True)
         return Fit(to_grid(x - mean, self.grid), mean_magnitude(x), None)
 
 

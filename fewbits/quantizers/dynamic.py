@@ -3,6 +3,9 @@
 One of them is a ``Rule``, pure functions of rows: how rows become codes with a scale and an offset, and what gradient
 comes back. Everything else (granularity, dtypes, recomputation in backward, codes for packing) is here, once. Forward
 is exactly ``values * scale + offset``, which is what ``Codes.decode`` computes.
+
+Rows [..., m] are views of a tensor in the memory layout that it has. Where m is not the innermost axis (blocks of
+channels of an image), statistics run over many rows at once, several times as fast as along short rows.
 """
 
 from __future__ import annotations
@@ -17,16 +20,16 @@ from torch import Tensor
 from fewbits.plan import TensorPlan
 from fewbits.quantizers.base import Quantizer
 from fewbits.quantizers.codes import Codes, Grid, cast
-from fewbits.quantizers.fake_quantize import TILE
 from fewbits.quantizers.grouping import Grouping
 from fewbits.quantizers.ranges import TINY
 from fewbits.quantizers.recompute import Recomputable, recall, remember
 
+TILE = 1 << 18  # values: a dozen operations on each, so a call's cost weighs more than what falls out of the cache
 HUGE = torch.finfo(torch.float32).max / 1.01  # finite also when rounded to bfloat16
 
 
 class Fit(NamedTuple):
-    """values [G, m]: codes as floats, in memory of their own. scale, offset: [G, 1]; no offset on symmetric grids."""
+    """values [..., m]: codes as floats, in memory of their own. scale, offset: [..., 1]; symmetric grids have none."""
 
     values: Tensor
     scale: Tensor
@@ -35,7 +38,7 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """How rows are quantized. Rows x, grad, pruned: [G, m], in float32 (float64 for float64 tensors)."""
+    """How rows are quantized. Rows x, grad, pruned: [..., m], in float32 (float64 for float64 tensors)."""
 
     grid: Grid
 
@@ -77,38 +80,25 @@ class DynamicQuantize(Recomputable):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, pruned), _ = recall(ctx)
-        if not ctx.rule.straight_through:
-            rows = zip(*_rows(ctx.grouping, grad, x, pruned))
-            grad = ctx.grouping.merge([_vjp(ctx.rule, u, p, mask) for u, p, mask in rows], x.shape)
-        return grad, None, None, None
-
-
-def _rows(grouping: Grouping, *tensors: Tensor | None) -> list[list[Any]]:
-    """Return the rows of each tensor; of None, a None for each part."""
-    rows = [None if t is None else grouping.rows(t) for t in tensors]
-    count = max(len(r) for r in rows if r is not None)
-    return [[None] * count if r is None else list(r) for r in rows]
+        return (grad if ctx.rule.straight_through else _vjp(grad, x, pruned, ctx.rule, ctx.grouping)), None, None, None
 
 
 def _values(x: Tensor, pruned: Tensor | None, rule: Rule, grouping: Grouping) -> Tensor:
-    parts = [_fake_quantize(rule, p, mask) for p, mask in zip(*_rows(grouping, x, pruned))]
-    return grouping.merge(parts, x.shape)
-
-
-def _fake_quantize(rule: Rule, x: Tensor, pruned: Tensor | None) -> Tensor:
-    """Return rows fake-quantized, in the dtype of x."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for y_, x_, pruned_ in _tiles(y, x, pruned):
+    """Return x fake-quantized, in its dtype."""
+    x = grouping.viewable(x)
+    y = torch.empty_like(x)
+    for y_, x_, pruned_ in _tiles(grouping, y, x, pruned):
         values, scale, offset = rule.fit(_wide(x_), pruned_)
         values = values.mul_(scale)
-        y_.copy_(cast(values if offset is None else values.add_(offset), x.dtype))
+        y_.copy_(cast(values if offset is None else values.add_(offset), y.dtype))
     return y
 
 
-def _vjp(rule: Rule, grad: Tensor, x: Tensor, pruned: Tensor | None) -> Tensor:
-    """Return the gradient of rows x, in their dtype."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for out_, grad_, x_, pruned_ in _tiles(out, grad, x, pruned):
+def _vjp(grad: Tensor, x: Tensor, pruned: Tensor | None, rule: Rule, grouping: Grouping) -> Tensor:
+    """Return the gradient of x, in its dtype."""
+    x, grad = grouping.viewable(x), grouping.viewable(grad)
+    out = torch.empty_like(x)
+    for out_, grad_, x_, pruned_ in _tiles(grouping, out, grad, x, pruned):
         out_.copy_(rule.vjp(_wide(grad_), _wide(x_), pruned_))
     return out
 
@@ -118,13 +108,32 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
-def _tiles(first: Tensor, *rest: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Yield pieces of whole rows that stay in the cache of a CPU core; elsewhere everything at once."""
-    size = len(first)
-    if first.device.type == "cpu" and not torch.compiler.is_compiling():
-        size = min(size, max(1, TILE // first.shape[1]))
-    for start in range(0, len(first), size):
-        yield tuple(None if t is None else t[start : start + size] for t in (first, *rest))
+def _views(grouping: Grouping, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of the tensors, part by part; of None, None."""
+    views = [None if t is None else grouping.views(grouping.viewable(t)) for t in tensors]
+    for i in range(max(len(v) for v in views if v is not None)):
+        yield tuple(None if v is None else v[i] for v in views)
+
+
+def _tiles(grouping: Grouping, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Yield ``_views`` in pieces of whole rows that stay in the cache of a CPU core; elsewhere, uncut."""
+    for part in _views(grouping, *tensors):
+        if part[0].device.type == "cpu" and not torch.compiler.is_compiling():
+            yield from _cut(part)
+        else:
+            yield part
+
+
+def _cut(part: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Cut rows [..., m] along the first axis, and those that are too large still along the next."""
+    first: Tensor = part[0]
+    count = max(1, TILE * len(first) // first.numel())
+    for start in range(0, len(first), count):
+        piece: tuple[Any, ...] = tuple(None if t is None else t[start : start + count] for t in part)
+        if piece[0].numel() > TILE and first.ndim > 2:  # a single one
+            yield from _cut(tuple(None if t is None else t[0] for t in piece))
+        else:
+            yield piece
 
 
 class Dynamic(Quantizer):
@@ -160,21 +169,22 @@ class Dynamic(Quantizer):
         """Return the integer codes of x. Raises QuantizationError on NaN or Inf."""
         self.require_finite(x)
         with torch.no_grad():
-            fits = [self.rule.fit(_wide(p), mask) for p, mask in zip(*_rows(self.grouping, x, self.pruned(x)))]
-            values = self.grouping.merge([fit.values.to(torch.int32) for fit in fits], x.shape)
-            scale = torch.cat([fit.scale[:, 0] for fit in fits])
-            offsets = [fit.offset[:, 0] for fit in fits if fit.offset is not None]
+            fits = [self.rule.fit(_wide(p), mask) for p, mask in _views(self.grouping, x, self.pruned(x))]
+            rows = [fit.values.to(torch.int32).flatten(0, -2) for fit in fits]
+            values = self.grouping.merge(rows, x.shape)
+            scale = torch.cat([fit.scale.flatten() for fit in fits])
+            offsets = [fit.offset.flatten() for fit in fits if fit.offset is not None]
         offset = torch.cat(offsets) if offsets else None
         return Codes(values, scale, None, offset, self.grid, self.grouping, x.dtype, self.plan.pattern)
 
 
 def spread(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (f, step, low): x as f * step + low with f [G, m] in 0..highest; min and max of a row are its ends.
+    """Return (f, step, low): x as f * step + low with f [..., m] in 0..highest; min and max of a row are its ends.
 
     Denoising's and STE's affine f = (x - b) / s. A row of equal values has f = 0. Rows that span more than the largest
     float saturate.
     """
-    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     step = (high / grid.highest - low / grid.highest).clamp_(TINY, HUGE / grid.highest)
     return (x - low).div_(step).clamp_(0.0, float(grid.highest)), step, low
 
@@ -184,9 +194,9 @@ def spread_around_mean(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     f is not held to 0..1. A row of equal values has f = 1/2, or near it, in steps of its own rounding error.
     """
-    mean = (x / x.shape[1]).sum(1, keepdim=True)
+    mean = (x / x.shape[-1]).sum(-1, keepdim=True)
     away = mean_magnitude((x - mean).clamp_(-HUGE, HUGE))
-    step = torch.maximum(2 * away, mean.abs() * torch.finfo(x.dtype).eps * x.shape[1]).clamp_(TINY, HUGE)
+    step = torch.maximum(2 * away, mean.abs() * torch.finfo(x.dtype).eps * x.shape[-1]).clamp_(TINY, HUGE)
     low = mean - step / 2
     return (x - low).clamp_(-HUGE, HUGE).div_(step), step, low
 
@@ -201,13 +211,13 @@ def to_grid(f: Tensor, grid: Grid) -> Tensor:
 
 
 def largest(x: Tensor) -> Tensor:
-    """Return max|x| of each row, [G, 1], at least TINY."""
-    return torch.maximum(-x.amin(1, keepdim=True), x.amax(1, keepdim=True)).clamp_(min=TINY)
+    """Return max|x| of each row, [..., 1], at least TINY."""
+    return torch.maximum(-x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)).clamp_(min=TINY)
 
 
 def mean_magnitude(x: Tensor) -> Tensor:
-    """Return mean|x| of each row, [G, 1], at least TINY."""
-    return x.abs().div_(x.shape[1]).sum(1, keepdim=True).clamp_(TINY, HUGE)
+    """Return mean|x| of each row, [..., 1], at least TINY."""
+    return x.abs().div_(x.shape[-1]).sum(-1, keepdim=True).clamp_(TINY, HUGE)
 
 
 def bounded(scale: Tensor, offset: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,26 @@ class Grouping:
             parts.append(tail.reshape(-1, tail.shape[-1]))
         return parts
 
+    def views(self, x: Tensor) -> list[Tensor]:
+        """Return ``rows`` as views [..., m] of x in the memory layout that it has; x as ``viewable`` made it."""
+        if self.granularity == "tensor":
+            return [x.view(1, -1)]
+        if self.block is None:
+            moved = x.movedim(self.axis, 0)
+            return [moved.view(len(moved), -1)]
+        moved = x.movedim(self.contraction, -1)
+        whole = moved.shape[-1] // self.block * self.block
+        parts = [moved[..., :whole].view(*moved.shape[:-1], whole // self.block, self.block)] if whole else []
+        return [*parts, moved[..., None, whole:]] if whole < moved.shape[-1] else parts
+
+    def viewable(self, x: Tensor) -> Tensor:
+        """Return x, copied where its layout allows no ``views``."""
+        if self.granularity == "tensor":
+            return x.contiguous()
+        if self.block is None:
+            return x.movedim(self.axis, 0).contiguous().movedim(0, self.axis)
+        return x
+
     def merge(self, parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         """Undo ``rows`` for a tensor of the given shape."""
         if self.granularity == "tensor":

@@ -38,6 +38,19 @@ from fewbits.quantizers.ranges import TINY
 from fewbits.quantizers.sparsity import prune
 
 
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner product of rows [..., m], as [..., 1]."""
+    product: Tensor = vecdot(a, b)
+    return product.unsqueeze(-1)
+
+
+def at_end(distance: Tensor) -> Tensor:
+    """Return rows that add up to 1 where the distance (0 or more; overwritten) is 0, and are 0 elsewhere."""
+    away = distance.sign_()
+    count = (away.shape[-1] - away.sum(-1, keepdim=True)).clamp_(min=1.0)
+    return away.sub_(1.0).div_(-count)
+
+
 def denoise(
     x: Tensor,
     grid: Grid,
@@ -54,7 +67,7 @@ def denoise(
     that is detached like d; the target of the regression stays the dense x.
     """
     if grid.lowest == 0:
-        low, high = x.min(1, keepdim=True).values, x.max(1, keepdim=True).values
+        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
         step = ((high - low) / grid.highest).clamp(min=TINY)
         if absmean:
             mean = x.mean(1, keepdim=True)
@@ -68,7 +81,7 @@ def denoise(
         return (a.detach() if detach_slope else a) * centered + x.mean(1, keepdim=True)
     xs = x if pruned is None else x + (x.masked_fill(pruned, 0.0) - x).detach()
     size = xs.abs()
-    step = (size.mean(1, keepdim=True) if absmean else size.max(1, keepdim=True).values) / grid.highest
+    step = (size.mean(1, keepdim=True) if absmean else size.amax(1, keepdim=True)) / grid.highest
     step = step.clamp(min=TINY)
     f = xs / (step.detach() if detach_range else step)
     codes = to_grid(f.detach(), grid)
@@ -78,7 +91,7 @@ def denoise(
 
 
 class Moments(NamedTuple):
-    """Of rows, in steps of the grid: f and q [G, N], centered where affine (mean_f and mean_q [G, 1] are their means);
+    """Of rows, in steps of the grid: f and q [..., m], centered where affine (mean_f, mean_q [..., 1] are their means);
     step and low with x = low + step * f; slope = a / step; variance + lam of q."""
 
     f: Tensor
@@ -127,23 +140,23 @@ class Ridge(Rule):
         """Return the statistics of rows x: means first, then centered second moments. In the affine case f is as it is,
         in memory of its own, and q is centered; in the linear case q holds the codes, and f is the dense x in steps.
         """
-        n = x.shape[1]
+        n = x.shape[-1]
         low = mean_f = mean_q = None
         if self.affine:
             f, step, low = spread_around_mean(x) if self.absmean else spread(x, self.grid)
             q = f.round().clamp_(0, self.grid.highest) if self.absmean else f.round()
-            mean_f, mean_q = f.mean(1, keepdim=True), q.mean(1, keepdim=True)
+            mean_f, mean_q = f.mean(-1, keepdim=True), q.mean(-1, keepdim=True)
             q.sub_(mean_q)
         else:
             step = self.linear_step(x, pruned)
             f = x / step
             q = to_grid(f, self.grid)
             q = prune(q, pruned)
-        total = (vecdot(q, q) / n + self.lam)[:, None]
-        return Moments(f, q, mean_f, mean_q, step, low, (vecdot(q, f) / n)[:, None] / total, total)
+        total = dot(q, q) / n + self.lam
+        return Moments(f, q, mean_f, mean_q, step, low, dot(q, f) / n / total, total)
 
     def linear_step(self, x: Tensor, pruned: Tensor | None) -> Tensor:
-        """Return s_f of the linear mode, [G, 1]: max|x| / M, or mean|x| / M of what is not pruned and zeros else."""
+        """Return s_f of the linear mode, [..., 1]: max|x| / M, or mean|x| / M of what is not pruned and zeros else."""
         if not self.absmean:
             return (largest(x) / self.grid.highest).clamp_(min=TINY)  # the largest is never pruned
         return mean_magnitude(prune(x, pruned))
@@ -155,37 +168,28 @@ class Ridge(Rule):
         where ~ is centered; in the linear case nothing is, and mean u is 0. To it comes dL/ds_f times the derivative of
         the range, unless that is detached.
         """
-        m, u, n = self.moments(x, pruned), grad, x.shape[1]
+        m, u = self.moments(x, pruned), grad
         f, q, c = m.f, m.q, m.slope
-        kappa = (vecdot(u, q) / n)[:, None] / m.spread
-        if self.gradient == "gain":
-            kappa = torch.zeros_like(kappa)
-        mean_u = u.mean(1, keepdim=True) if self.affine else None
+        mean_u = u.mean(-1, keepdim=True) if self.affine else None
+        kappa = torch.zeros_like(c) if self.gradient == "gain" else dot(u, q) / x.shape[-1] / m.spread
         if m.mean_f is not None:
             f.sub_(m.mean_f)
-        slope_s = None if self.detach_range else self._step_gradient(u, m, kappa, pruned)
-        v = f.mul(kappa).addcmul_(q, kappa * (1 - 2 * c)).addcmul_(u, c)
+        through_q = f.mul(kappa).addcmul_(q, -2 * kappa * c).addcmul_(u, c)  # s_f dL/dq, but for a constant of the row
+        steps = None if self.detach_range else torch.where(m.step > TINY, -dot(through_q, prune(f, pruned)), 0.0)
+        v = through_q.addcmul_(q, kappa)
         if mean_u is not None:
             v.add_(mean_u * (1 - c))
-        return v if slope_s is None else self._add_range(v, x, pruned, slope_s)
-
-    def _step_gradient(self, u: Tensor, m: Moments, kappa: Tensor, pruned: Tensor | None) -> Tensor:
-        """Return dL/ds_f [G, 1] = -sum f (c u + kappa (f - 2 c q)), f and q centered where affine."""
-        f = prune(m.f, pruned)
-        uf, ff, qf = (vecdot(t, f)[:, None] for t in (u, f, m.q))
-        gradient = -(m.slope * uf + kappa * (ff - 2 * m.slope * qf))
-        return torch.where(m.step > TINY, gradient, 0.0)  # at TINY the step is a constant
+        return v if steps is None else self._add_range(v, x, pruned, steps)
 
     def _add_range(self, v: Tensor, x: Tensor, pruned: Tensor | None, gradient: Tensor) -> Tensor:
-        """Add dL/ds_f ds_f/dx to v, in place."""
+        """Add dL/ds_f ds_f/dx to v, in place. Values that are the largest alike share its gradient."""
         share = gradient / self.grid.highest
         if self.affine and self.absmean:
-            sign = (x - x.mean(1, keepdim=True)).sign_()
-            return v.addcmul_(sign.sub_(sign.mean(1, keepdim=True)), share * (2 / x.shape[1]))
+            sign = (x - x.mean(-1, keepdim=True)).sign_()
+            return v.addcmul_(sign.sub_(sign.mean(-1, keepdim=True)), share * (2 / x.shape[-1]))
         if self.affine:
-            v.scatter_add_(1, x.argmax(1, keepdim=True), share)
-            return v.scatter_add_(1, x.argmin(1, keepdim=True), -share)
+            v.addcmul_(at_end(x.amax(-1, keepdim=True) - x), share)
+            return v.addcmul_(at_end(x - x.amin(-1, keepdim=True)), -share)
         if self.absmean:
-            return v.addcmul_(prune(x.sign(), pruned), share / x.shape[1])
-        at = x.abs().argmax(1, keepdim=True)
-        return v.scatter_add_(1, at, share * x.gather(1, at).sign())
+            return v.addcmul_(prune(x.sign(), pruned), share / x.shape[-1])
+        return v.addcmul_(at_end(largest(x) - x.abs()).mul_(x.sign()), share)

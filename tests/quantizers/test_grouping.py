@@ -54,3 +54,18 @@ def test_a_wrong_number_of_scales_is_a_named_error() -> None:
     grouping = Grouping("channel")
     with pytest.raises(QuantizationError, match=r"3 groups \(channel\), the quantizer holds 2 scales"):
         grouping.split(torch.ones(2), grouping.rows(torch.ones(3, 4)))
+
+
+@pytest.mark.parametrize(
+    "grouping", [Grouping("block", 0, 1, 4), Grouping("block", 1, 1, 64), Grouping("channel", 1), Grouping()]
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_views_are_the_rows_in_place(grouping: Grouping, layout: torch.memory_format) -> None:
+    x = torch.randn(3, 10, 4, 5).to(memory_format=layout)
+    viewable = grouping.viewable(x)
+    assert torch.equal(viewable, x)
+    for view, row in zip(grouping.views(viewable), grouping.rows(x), strict=True):
+        assert torch.equal(view.flatten(0, -2), row)
+        assert view.untyped_storage().data_ptr() == viewable.untyped_storage().data_ptr()
+    if grouping.granularity == "block":
+        assert viewable is x
