@@ -118,8 +118,11 @@ class Lab(Bench):
     def plan_once(self, arm: str, percent: float, seed: int) -> tuple[fb.Plan, nn.Module, int, dict[str, Any]]:
         """Return (plan, calibrated model, steps spent, what to write) of an arm that trains only afterwards."""
         model, start = self.float_model(seed), time.perf_counter()
-        plan = self.mct_plan(model, percent, seed) if arm == "mct" else self.allocated(model, arm, percent, seed)
-        seconds = round(time.perf_counter() - start, 1)
+        if arm == "mct":
+            plan, seconds = self.mct_plan(model, percent, seed)
+        else:
+            plan = self.allocated(model, arm, percent, seed)
+            seconds = round(time.perf_counter() - start, 1)
         fb.calibrate(fb.quantize(model, plan, verbose=False), self.calibration(seed))
         return plan, model, 0, {"seconds_plan": seconds}
 
@@ -133,8 +136,8 @@ class Lab(Bench):
             options |= {"loss": cross_entropy, "batches": [batches.batch(0, i) for i in range(self.args.batches)]}
         return fb.allocate(model, fb.Budget(average_bits=0.08 * percent), menu=self.args.menu, **style, **options)
 
-    def mct_plan(self, model: nn.Module, percent: float, seed: int) -> fb.Plan:
-        """Return the bit map that ``benchmarks/peers/mct.py`` left, as a plan in our style."""
+    def mct_plan(self, model: nn.Module, percent: float, seed: int) -> tuple[fb.Plan, float]:
+        """Return the bit map that ``benchmarks/peers/mct.py`` left, as a plan in our style, and its search's seconds."""
         path = self.args.cache / "mct" / f"{self.name}_{seed}_{percent:g}.json"
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: --export-mct, then run benchmarks/peers/mct.py")
@@ -143,27 +146,35 @@ class Lab(Bench):
             raise LookupError(f"MCT {found['version']}: {found['error']}")
         budget = fb.Budget(average_bits=0.08 * percent)
         problem = Problem(model, model_shape(model), budget, tuple(self.args.menu), Style(**self.style()))
-        return problem.plan(found["bits"], "mct")
+        return problem.plan(found["bits"], "mct"), found["seconds"]
 
     def search(self, percent: float, seed: int) -> tuple[fb.Plan, nn.Module, int, dict[str, Any]]:
         """Run ``sigma_search``; its training counts into the total.
 
         The floor is the INT8 model's accuracy, which makes the search spend its whole size; the buffer of the size is
-        a thousandth of INT8, which makes a point above the budget count as far off.
+        a thousandth of INT8, which makes a point above the budget count as far off. It does not give up before its steps
+        are used: each trains too little to judge it by.
         """
         from fewbits.allocate.sigma import sigma_search
 
         args, model, start = self.args, self.float_model(seed), time.perf_counter()
         counted = Counted(self, seed, args.epoch_steps, args.steps)
-        layers = len(model_shape(model).layers)
+        moves = counted.moves(args.rounds, args.phase_epochs, args.final_share)
+        settings = {
+            "rounds": args.rounds, "epochs_reference": args.phase_epochs, "epochs_cluster": args.phase_epochs,
+            "epochs_refine": 1, "evaluate_every": args.phase_epochs, "steps": moves, "patience": max(1, moves),
+            "move": args.move or max(2, len(model_shape(model).layers) // 5), "cost_buffer": 0.001, "seed": seed,
+        } | dict(args.sigma or ())  # fmt: skip
         result = sigma_search(
-            model, fb.Budget(average_bits=0.08 * percent, accuracy_drop=0.0), counted.finetune,
-            lambda given: float(evaluate(given, self.judged)["top1"]), self.calibration(seed),
-            menu=args.menu, style=Style(**self.style()), rounds=args.rounds, epochs_reference=args.phase_epochs,
-            epochs_cluster=args.phase_epochs, epochs_refine=1, evaluate_every=args.phase_epochs, cost_buffer=0.001,
-            steps=counted.moves(args.rounds, args.phase_epochs, args.final_share),
-            move=args.move or max(2, layers // 5), seed=seed, **dict(args.sigma or ()),
-        )  # fmt: skip
+            model,
+            fb.Budget(average_bits=0.08 * percent, accuracy_drop=0.0),
+            counted.finetune,
+            lambda given: float(evaluate(given, self.judged)["top1"]),
+            self.calibration(seed),
+            menu=args.menu,
+            style=Style(**self.style()),
+            **settings,
+        )
         seconds = round(time.perf_counter() - start, 1)
         told = {"seconds_plan": seconds, "status": result.status, "missed": result.missed}
         told["searched"] = [
@@ -271,7 +282,7 @@ def arguments() -> argparse.Namespace:
     add("--train-images", type=int, default=0, help="of the training set; 0: all but the held-out tenth")
     add("--batches", type=int, default=4, help="of 64 images, for a sensitivity that needs data")
     add("--search-images", type=int, default=512, help="held-out images that a search measures on")
-    add("--epoch-steps", type=int, default=5, help="steps that a search calls an epoch")
+    add("--epoch-steps", type=int, default=4, help="steps that a search calls an epoch")
     add("--phase-epochs", type=int, default=4, help="of the INT8 reference and of each round of phase 1")
     add("--rounds", type=int, default=2, help="of phase 1")
     add("--final-share", type=float, default=0.3, help="of the steps, kept for after the search")
