@@ -97,7 +97,10 @@ class Lab(Bench):
             return
         try:
             made = self.search(percent, seed) if arm == "sigma" else self.plan_once(arm, percent, seed)
-        except (BudgetError, FileNotFoundError, LookupError) as error:
+        except FileNotFoundError as error:  # no result: the run stays open
+            print(f"{arm} at {percent:g} % left out: {error}", flush=True)
+            return
+        except (BudgetError, LookupError) as error:
             self.write(**key, top1=None, note=str(error))
             return
         plan, model, spent, told = made
@@ -137,7 +140,7 @@ class Lab(Bench):
         return fb.allocate(model, fb.Budget(average_bits=0.08 * percent), menu=self.args.menu, **style, **options)
 
     def mct_plan(self, model: nn.Module, percent: float, seed: int) -> tuple[fb.Plan, float]:
-        """Return the bit map that ``benchmarks/peers/mct.py`` left, as a plan in our style, and its search's seconds."""
+        """Return the bit map that ``benchmarks/peers/mct.py`` left, as a plan in our style, and its seconds."""
         path = self.args.cache / "mct" / f"{self.name}_{seed}_{percent:g}.json"
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: --export-mct, then run benchmarks/peers/mct.py")
@@ -152,8 +155,8 @@ class Lab(Bench):
         """Run ``sigma_search``; its training counts into the total.
 
         The floor is the INT8 model's accuracy, which makes the search spend its whole size; the buffer of the size is
-        a thousandth of INT8, which makes a point above the budget count as far off. It does not give up before its steps
-        are used: each trains too little to judge it by.
+        a thousandth of INT8, which makes a point above the budget count as far off. It does not give up before its
+        steps are used: each trains too little to judge it by.
         """
         from fewbits.allocate.sigma import sigma_search
 
@@ -170,7 +173,7 @@ class Lab(Bench):
             fb.Budget(average_bits=0.08 * percent, accuracy_drop=0.0),
             counted.finetune,
             lambda given: float(evaluate(given, self.judged)["top1"]),
-            self.calibration(seed),
+            self.calibration(seed)[: args.search_batches],
             menu=args.menu,
             style=Style(**self.style()),
             **settings,
@@ -282,6 +285,7 @@ def arguments() -> argparse.Namespace:
     add("--train-images", type=int, default=0, help="of the training set; 0: all but the held-out tenth")
     add("--batches", type=int, default=4, help="of 64 images, for a sensitivity that needs data")
     add("--search-images", type=int, default=512, help="held-out images that a search measures on")
+    add("--search-batches", type=int, default=1, help="of 128 images, on which each step of a search calibrates")
     add("--epoch-steps", type=int, default=4, help="steps that a search calls an epoch")
     add("--phase-epochs", type=int, default=4, help="of the INT8 reference and of each round of phase 1")
     add("--rounds", type=int, default=2, help="of phase 1")
