@@ -54,6 +54,11 @@ def at_mean(bits: int, block: int, sparsity: str | None = None, **options: Any) 
     return denoise(bits, block, sparsity, **options, **({"range": "absmean"} if bits == 1 else {}))
 
 
+def masked(bits: int, block: int, sparsity: str | None = None, **options: Any) -> TensorPlan:
+    """Return the same with no gradient through the codes of what the range "absmean" clips."""
+    return at_mean(bits, block, sparsity, **options, **({"clip": "mask"} if bits == 1 else {}))
+
+
 def dynamic(bits: int, block: int, symmetric: bool, sparsity: str | None = None) -> TensorPlan:
     """Return a plan with the range of each block anew and a straight-through gradient."""
     return TensorPlan(bits, "dynamic", symmetric=symmetric, granularity="block", block=block, sparsity=sparsity)
@@ -67,6 +72,12 @@ def layer_plan(arm: str, a: int, w: int, block: int, sparsity: str | None = None
         "denoise-linear": lambda: (denoise(w, block, s, symmetric=True), denoise(a, block, symmetric=True)),
         "denoise-mean": lambda: (at_mean(w, block, s), at_mean(a, block)),
         "denoise-mean-gain": lambda: (at_mean(w, block, s, gradient="gain"), at_mean(a, block, gradient="gain")),
+        "denoise-mask": lambda: (masked(w, block, s), masked(a, block)),
+        "denoise-mask-gain": lambda: (masked(w, block, s, gradient="gain"), masked(a, block, gradient="gain")),
+        "lsq-denoise-mask": lambda: (
+            TensorPlan(w, "lsq", granularity="block", block=block, sparsity=s),
+            masked(a, block),
+        ),
         "denoise-detached": lambda: (denoise(w, block, s, detach_range=True), denoise(a, block, detach_range=True)),
         "gain-only": lambda: (denoise(w, block, s, gradient="gain"), denoise(a, block, gradient="gain")),
         "ste-ridge": lambda: (denoise(w, block, s, gradient="ste"), denoise(a, block, gradient="ste")),
@@ -89,8 +100,8 @@ def layer_plan(arm: str, a: int, w: int, block: int, sparsity: str | None = None
 
 
 ARMS = (
-    "float", "denoise", "denoise-mean", "denoise-mean-gain", "denoise-linear", "gain-only", "ste-ridge", "ste-affine",
-    "ste-linear", "bitnet", "paretoq", "lsq",
+    "float", "denoise", "denoise-mask", "denoise-mask-gain", "denoise-mean", "denoise-mean-gain", "denoise-linear",
+    "gain-only", "lsq-denoise-mask", "ste-ridge", "ste-affine", "ste-linear", "bitnet", "paretoq", "lsq",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from fewbits.quantizers.grouping import Grouping
 from fewbits.quantizers.ridge import Ridge
 
 GRADIENTS = ("denoise", "gain", "ste")
+CLIPS = ("noise", "mask")
 RANGES = {False: ("minmax", "absmean"), True: ("absmax", "absmean")}  # by symmetric; the first is the default
 
 
@@ -30,7 +31,8 @@ class Denoise(Dynamic):
     one is for one bit, and for ternary (linear; BitNet b1.58's range); the gain a / s of its gradient is about 1, that
     of the others 0.3 at one bit. odd: the linear grid {.., -3, -1, 1, 3, ..}, whose steps of 2 make lam weigh a
     quarter. detach_range: no gradient through the range. gradient: "denoise"; "gain", the slope detached; "ste", the
-    same forward with an identity backward.
+    same forward with an identity backward. clip, for "absmean", which alone clips: "noise", an error like that of
+    rounding; "mask" (ours), no gradient through the codes of what lies beyond the cells of the outermost ones.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Denoise(Dynamic):
         odd: bool = False,
         detach_range: bool = False,
         gradient: str = "denoise",
+        clip: str = "noise",
     ) -> None:
         if isinstance(lam, bool) or not isinstance(lam, (int, float)) or not 0 < lam < math.inf:
             raise PlanError(
@@ -62,5 +65,10 @@ class Denoise(Dynamic):
             raise PlanError(
                 f"range='absmean' clips at the mean: it is for 1 bit and ternary (2), got bits={plan.bits}, odd={odd}"
             )
-        rule = Ridge(grid, float(lam), range == "absmean", detach_range, gradient)
+        if clip not in CLIPS or (clip == "mask" and (range != "absmean" or gradient == "ste")):
+            raise PlanError(
+                f"clip must be one of {CLIPS}, and 'mask' is for range='absmean' with a gradient of its own; got "
+                f"clip={clip!r}, range={range!r}, gradient={gradient!r}"
+            )
+        rule = Ridge(grid, float(lam), range == "absmean", detach_range, gradient, clip == "mask")
         super().__init__(plan, grouping, groups, rule)

@@ -60,11 +60,13 @@ def denoise(
     absmean: bool = False,
     detach_range: bool = False,
     detach_slope: bool = False,
+    mask_clipped: bool = False,
 ) -> Tensor:
     """Return rows x [G, N] through quantizer and ridge dequantizer, on plain autograd.
 
     A grid of 0..highest is affine, others are linear. pruned [G, N] (linear only): zero before the quantizer, an error
-    that is detached like d; the target of the regression stays the dense x.
+    that is detached like d; the target of the regression stays the dense x. mask_clipped: no gradient through the codes
+    of values beyond the cells of the outermost ones.
     """
     if grid.lowest == 0:
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
@@ -75,6 +77,8 @@ def denoise(
             low = mean - step / 2
         low, step = (low.detach(), step.detach()) if detach_range else (low, step)
         f = (x - low) / step
+        if mask_clipped:
+            f = torch.where((f >= -0.5) & (f <= grid.highest + 0.5), f, f.detach())
         q = f + (f.round().clamp(0, grid.highest) - f).detach()
         centered, target = q - q.mean(1, keepdim=True), x - x.mean(1, keepdim=True)
         a = (centered * target).mean(1, keepdim=True) / (centered.square().mean(1, keepdim=True) + lam)
@@ -84,6 +88,8 @@ def denoise(
     step = (size.mean(1, keepdim=True) if absmean else size.amax(1, keepdim=True)) / grid.highest
     step = step.clamp(min=TINY)
     f = xs / (step.detach() if detach_range else step)
+    if mask_clipped:
+        f = torch.where(f.abs() <= grid.highest + grid.step / 2, f, f.detach())
     codes = to_grid(f.detach(), grid)
     q = f + (codes if pruned is None else codes.masked_fill(pruned, 0.0)) - f.detach()
     a = (q * x).mean(1, keepdim=True) / (q.square().mean(1, keepdim=True) + lam)
@@ -109,12 +115,14 @@ class Ridge(Rule):
     """Codes by f, ridge dequantizer, and the vector-Jacobian product in closed form.
 
     gradient: "denoise" (everything), "gain" (the slope a is detached) or "ste" (identity on the same forward).
+    mask_clipped: no gradient through the codes of what lies beyond the cells of the outermost ones.
     """
 
     lam: float = 0.01
     absmean: bool = False
     detach_range: bool = False
     gradient: str = "denoise"
+    mask_clipped: bool = False
 
     @property
     def affine(self) -> bool:
@@ -164,22 +172,35 @@ class Ridge(Rule):
     def vjp(self, grad: Tensor, x: Tensor, pruned: Tensor | None) -> Tensor:
         """Return v = J^T u, with d and the pruning error held constant (our derivation).
 
-        v = mean u + c (u - mean u) + kappa (f~ + (1 - 2 c) q~) with c = a / s_f and kappa = mean(u q~) / (Var q + lam),
-        where ~ is centered; in the linear case nothing is, and mean u is 0. To it comes dL/ds_f times the derivative of
-        the range, unless that is detached.
+        v = mean u + (c (u - mean u) + kappa (f~ - 2 c q~)) + kappa q~, where c = a / s_f, kappa = mean(u q~) / (Var q +
+        lam) and ~ is centered; in the linear case nothing is, and mean u is 0. The bracket comes through q. To it comes
+        dL/ds_f times the derivative of the range, unless that is detached.
         """
         m, u = self.moments(x, pruned), grad
         f, q, c = m.f, m.q, m.slope
-        mean_u = u.mean(-1, keepdim=True) if self.affine else None
         kappa = torch.zeros_like(c) if self.gradient == "gain" else dot(u, q) / x.shape[-1] / m.spread
+        inside = self._inside(prune(f, pruned)) if self.mask_clipped else None
+        through_q = q.mul(-2 * kappa * c).addcmul_(u, c)  # dL/dq / s_f
+        level = None  # of the gradient of a row
         if m.mean_f is not None:
             f.sub_(m.mean_f)
-        through_q = f.mul(kappa).addcmul_(q, -2 * kappa * c).addcmul_(u, c)  # s_f dL/dq, but for a constant of the row
+            level = u.mean(-1, keepdim=True)
+            through_q.sub_(c * level)
+        through_q.addcmul_(f, kappa)
+        if inside is not None:
+            through_q.mul_(inside)
+            if level is not None and not self.detach_range:
+                level = level - through_q.mean(-1, keepdim=True)  # by the threshold, which is the mean of x
         steps = None if self.detach_range else torch.where(m.step > TINY, -dot(through_q, prune(f, pruned)), 0.0)
         v = through_q.addcmul_(q, kappa)
-        if mean_u is not None:
-            v.add_(mean_u * (1 - c))
+        if level is not None:
+            v.add_(level)
         return v if steps is None else self._add_range(v, x, pruned, steps)
+
+    def _inside(self, f: Tensor) -> Tensor:
+        """Return where f, in steps, is within the cells of the codes."""
+        middle = (self.grid.highest + self.grid.lowest) / 2
+        return (f - middle).abs_() <= self.grid.highest - middle + self.grid.step / 2
 
     def _add_range(self, v: Tensor, x: Tensor, pruned: Tensor | None, gradient: Tensor) -> Tensor:
         """Add dL/ds_f ds_f/dx to v, in place. Values that are the largest alike share its gradient."""

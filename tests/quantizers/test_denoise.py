@@ -113,6 +113,8 @@ def test_grids(bits: int, fields: dict[str, Any], grid: list[int]) -> None:
         ({"range": "absmean", "symmetric": False}, "absmean.*got bits=4"),
         ({"range": "absmax", "symmetric": False}, r"range must be one of \('minmax', 'absmean'\)"),
         ({"range": "absmean"}, "absmean.*got bits=4"),
+        ({"clip": "mask"}, "clip must be one of.*got clip='mask', range='absmax'"),
+        ({"clip": "no"}, "clip must be one of"),
         ({"odd": True, "symmetric": False}, "symmetric=True with odd=True"),
         ({"lambda": 0.01}, "unexpected keyword"),
     ],

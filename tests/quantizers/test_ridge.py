@@ -73,8 +73,9 @@ def test_value_and_gradient_are_those_of_plain_autograd(
     mode: str, bits: int, detach_range: bool, gradient: str
 ) -> None:
     widest = {"affine": 1, "linear": 2, "sparse": 2}.get(mode, 0)  # that the mean magnitude is for
-    for absmean in (False, True)[: 2 if bits <= widest else 1]:
-        rule, where = made(mode, bits, detach_range=detach_range, gradient=gradient, absmean=absmean)
+    for absmean, mask in ((False, False), (True, False), (True, True))[: 3 if bits <= widest else 1]:
+        options = {"detach_range": detach_range, "gradient": gradient, "absmean": absmean, "mask_clipped": mask}
+        rule, where = made(mode, bits, **options)
         x = rows().requires_grad_()
         pruned = where(x)
         y = denoise(
@@ -85,6 +86,7 @@ def test_value_and_gradient_are_those_of_plain_autograd(
             absmean=absmean,
             detach_range=detach_range,
             detach_slope=gradient == "gain",
+            mask_clipped=mask,
         )
         with torch.no_grad():
             scale = x.abs().amax(1, keepdim=True)
@@ -240,6 +242,18 @@ def test_fine_codes_without_a_penalty_are_straight_through() -> None:
     x, u = torch.randn(3, N, dtype=torch.float64), torch.randn(3, N, dtype=torch.float64)
     rule = Ridge(make_grid(16, symmetric=False), lam=1e-12)
     torch.testing.assert_close(rule.vjp(u, x, None), u, rtol=0, atol=2e-3)
+
+
+def test_masked_values_move_only_what_all_of_a_row_share() -> None:
+    """An outlier beyond the cell of its code: its own code passes no gradient, the fit and the mean of x do."""
+    rule, _ = made("affine", 1, absmean=True, mask_clipped=True, detach_range=True)
+    x = torch.randn(5, N, dtype=torch.float64)
+    x[:, 3] = 9.0
+    m, u = rule.moments(x, None), torch.randn_like(x)
+    kappa = (u * m.q).mean(1) / m.spread[:, 0]
+    torch.testing.assert_close(rule.vjp(u, x, None)[:, 3], u.mean(1) + kappa * m.q[:, 3])
+    noise, _ = made("affine", 1, absmean=True, detach_range=True)
+    assert bool((noise.vjp(u, x, None) - rule.vjp(u, x, None)).abs().amax(0)[3] > 1e-3)
 
 
 @pytest.mark.parametrize(("bits", "gain"), [(1, 0.30), (2, 0.78), (4, 0.99)])
