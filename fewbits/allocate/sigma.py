@@ -101,10 +101,7 @@ def _search(
     done = search.run()
     assert done.stable is not None and done.status is not None
     mark, goal = done.stable, search.goal
-    items = [
-        {"layer": i.layer, "kind": i.kind, "choices": list(i.choices), "sigma": s}
-        for i, s in zip(search.items, search.sigmas)
-    ]
+    items = _items(search)
     buffers = {"accuracy": chosen.accuracy_buffer, **goal.buffers}
     log = {
         "targets": {**budget.targets, "floor": goal.floor},
@@ -132,6 +129,23 @@ def _search(
     }
     plan = _told(layout, mark.bits, told)
     return SearchResult(plan, subject.model, done.status, mark.accuracy, mark.costs, missed, log)
+
+
+def _items(search: Search) -> list[dict[str, Any]]:
+    """Return what the search knew of each item in float: sigma, cluster (by its bits), divergence by mode and bits."""
+    first = clustered(search.layout, search.sigmas, search.settings.penalty, search.settings)
+    found = divergences(search.layout.problem.model, search.items, search.inputs)
+    return [
+        {
+            "layer": item.layer,
+            "kind": item.kind,
+            "choices": list(item.choices),
+            "sigma": search.sigmas[i],
+            "cluster": first[i],
+            "divergence": {mode: {str(b): d for b, d in rows[i].items()} for mode, rows in found.items()},
+        }
+        for i, item in enumerate(search.items)
+    ]
 
 
 @allocator("sigma", SearchSettings, holds_accuracy=True)

@@ -27,7 +27,7 @@ RESULTS = (
     "recipe.yaml", "plan.json", "metrics.jsonl", "checkpoints", "model.safetensors", "model.onnx", "result.json",
     "report.html",
 )  # fmt: skip
-INNER = ("steps", "float", "tensorboard")  # and what a run needs for itself
+INNER = ("steps", "float", "search", "tensorboard")  # and what a run needs for itself
 
 
 class RunFolder:
@@ -88,11 +88,16 @@ class RunFolder:
         result = work()
         record.parent.mkdir(exist_ok=True)
         if model is not None:
-            buffer = io.BytesIO()
-            torch.save(model.state_dict(), buffer)
-            put(state, buffer.getvalue())
+            self.keep(name, model)
         put_json(record, {"seconds": time.perf_counter() - start, "result": result})
         return result
+
+    def keep(self, name: str, model: nn.Module) -> None:
+        """Write the state dict of a model where ``state`` reads it."""
+        buffer = io.BytesIO()
+        torch.save(model.state_dict(), buffer)
+        (self / "steps").mkdir(exist_ok=True)
+        put(self / f"steps/{name}.pt", buffer.getvalue())
 
     def done(self, name: str) -> bool:
         """Whether a step is finished."""

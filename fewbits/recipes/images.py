@@ -29,6 +29,7 @@ class Images(Task[LabelledImages]):
     """Images of classes; see ``Task``."""
 
     headline: ClassVar[str] = "top1"
+    accuracy: ClassVar[str] = "top1"
     shown: ClassVar[int] = 64
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewbits.allocate import Budget, Style, allocate, uniform_plan
+from fewbits.allocate.layout import Complete
+from fewbits.allocate.problem import METHODS, known_options
 from fewbits.cost import model_shape
 from fewbits.errors import PlanError, nearest
 from fewbits.layers import open_ends, quantize
@@ -33,12 +35,37 @@ def make_plan(
     example: one input [1, ...], on which operations are counted and folded norms are seen. batches, loss: for a method
     that measures sensitivity on data. Raises PlanError and BudgetError, as the methods do.
     """
-    given = recipe.plan
-    plan = _decide(model, recipe, example, batches, loss)
-    plan = plan.override(*given.explicit_rules())
-    outputs = _outputs(given, plan, model, example)
-    plan = plan.override(*outputs)
-    return replace(plan, decided_from={**plan.decided_from, "method": given.method, "seed": recipe.seed})
+    complete = completion(model, recipe, example)
+    plan = _decide(model, recipe, example, batches, loss, complete)
+    return told(plan if _completes(recipe.plan.method) else complete(plan), recipe)
+
+
+def _completes(method: str) -> bool:
+    """Tell whether a method itself completes the plans that it weighs."""
+    return method in METHODS and "complete" in known_options(method)
+
+
+def told(plan: Plan, recipe: Recipe) -> Plan:
+    """Return the plan with what else of the recipe decided it."""
+    return replace(plan, decided_from={**plan.decided_from, "method": recipe.plan.method, "seed": recipe.seed})
+
+
+def completion(model: nn.Module, recipe: Recipe, example: Tensor) -> Complete:
+    """Return the function that adds to any plan the rules and the quantized results that the recipe names."""
+    given, shape = recipe.plan, model_shape(model, example)
+    rules, ends = given.explicit_rules(), dict[tuple[str, ...], list[str]]()
+
+    def complete(plan: Plan) -> Plan:
+        plan = plan.override(*rules)
+        decided, patterns = plan.resolve(shape.names, shape.outputs), given.outputs
+        if patterns == "auto":
+            inputs = tuple(name for name, layer in decided.items() if layer and layer.input)
+            if inputs not in ends:  # a forward, but the widths do not matter to it
+                ends[inputs] = open_ends(model, example, inputs)
+            patterns = ends[inputs]
+        return plan.override(*_outputs(given, decided, patterns, (*shape.names, *shape.outputs)))
+
+    return complete
 
 
 def check_plan(
@@ -48,11 +75,20 @@ def check_plan(
 
     Ranges are those of min-max here: no error depends on them, and the search for better ones takes seconds.
     """
-    quick = recipe.model_copy(update={"plan": recipe.plan.model_copy(update={"range": "minmax"})})
+    changes: dict[str, Any] = {"plan": recipe.plan.model_copy(update={"range": "minmax"})}
+    if recipe.search is not None and recipe.budget is not None:  # its limits; what is trained shows later
+        floors = {"accuracy": None, "accuracy_drop": None, "reference": None}
+        budget = recipe.budget.model_copy(update=floors)
+        if not budget.model_dump(exclude_none=True):
+            budget = budget.model_copy(update={"average_bits": 8.0})
+        changes |= {"budget": budget, "search": None}
+    quick = recipe.model_copy(update=changes)
     quantize(copy.deepcopy(model), make_plan(model, quick, example, batches, loss), verbose=False)
 
 
-def _decide(model: nn.Module, recipe: Recipe, example: Tensor, batches: Iterable[Batch], loss: Loss) -> Plan:
+def _decide(
+    model: nn.Module, recipe: Recipe, example: Tensor, batches: Iterable[Batch], loss: Loss, complete: Complete
+) -> Plan:
     given = recipe.plan
     if given.method == "explicit":
         return Plan(())
@@ -70,20 +106,19 @@ def _decide(model: nn.Module, recipe: Recipe, example: Tensor, batches: Iterable
     options: dict[str, Any] = dict(given.options)
     if options.get("sensitivity") in ("fisher", "hessian", "measured"):
         options |= {"batches": batches, "loss": loss}
+    if _completes(given.method):
+        options["complete"] = complete
     return allocate(model, budget, method=given.method, example=example, menu=given.menu, **style, **options)
 
 
-def _outputs(given: PlanRules, plan: Plan, model: nn.Module, example: Tensor) -> list[tuple[str, LayerPlan | None]]:
-    """Return a rule for every result that ``outputs`` names: what the plan says of the layer, and its output."""
-    shape = model_shape(model, example)
-    decided, known = plan.resolve(shape.names, shape.outputs), (*shape.names, *shape.outputs)
+def _outputs(
+    given: PlanRules, decided: Mapping[str, LayerPlan | None], patterns: Iterable[str], known: Sequence[str]
+) -> list[tuple[str, LayerPlan | None]]:
+    """Return a rule for every result that ``patterns`` name: what was decided of the layer, and its output."""
     output = Style(quantizer=given.quantizer, act_quantizer=given.act_quantizer, range=given.range).activation(
         given.output_bits
     )
     rules: list[tuple[str, LayerPlan | None]] = []
-    patterns = given.outputs
-    if patterns == "auto":
-        patterns = open_ends(model, example, [name for name, layer in decided.items() if layer and layer.input])
     for pattern in patterns:
         hits = fnmatch.filter(known, pattern)
         if not hits:

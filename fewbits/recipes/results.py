@@ -17,6 +17,7 @@ from fewbits.cost import model_shape, size
 from fewbits.plan import Plan
 from fewbits.recipes.details import histograms, layer_rows, not_quantized
 from fewbits.recipes.folder import RunFolder, finite, put, put_json
+from fewbits.recipes.searching import hardware_entry
 from fewbits.recipes.task import Task
 from fewbits.report import write_report
 from fewbits.report.text import measure, metric
@@ -38,10 +39,12 @@ def write_result(
     task: Task[Any],
     measured: dict[str, dict[str, Any]],
     notes: Sequence[str],
+    search: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write ``result.json``, ``metrics.jsonl`` of all trainings, and ``report.html``; return the result.
 
-    model: trained; original: float. measured: what each step returned, by the form of the model.
+    model: trained; original: float. measured: what each step returned, by the form of the model. search: what the
+    report shows of a search.
     """
     recipe, plan = folder.recipe(), Plan.load(folder / "plan.json")
     shape = model_shape(original, task.sample(1))
@@ -80,6 +83,10 @@ def write_result(
         "budget": {} if recipe.budget is None else recipe.budget.model_dump(exclude_none=True),
         "environment": environment(),
     }
+    if search is not None:
+        result["search"] = search
+    if recipe.budget is not None and recipe.budget.hardware is not None:
+        result["hardware"] = hardware_entry(recipe.budget.hardware, plan, model, shape)
     result = dict(finite(result))
     _gather_metrics(folder)
     put_json(folder / "result.json", result)

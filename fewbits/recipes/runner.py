@@ -25,6 +25,7 @@ from fewbits.recipes.folder import RunFolder
 from fewbits.recipes.planning import check_plan, make_plan
 from fewbits.recipes.results import write_result
 from fewbits.recipes.schema import Export, Recipe, Training
+from fewbits.recipes.searching import search, search_entry
 from fewbits.recipes.task import Pair, Task
 from fewbits.recipes.tasks import load_task
 from fewbits.report.text import measure, metric
@@ -63,11 +64,14 @@ class _Run:
         """See ``finish``."""
         measured = {"float": self.once("float", self.train_float, keep=True)}
         original = copy.deepcopy(self.model)
-        self.once("plan", self.plan)
+        searched = self.recipe.search is not None
+        found = self.once("search", self.search) if searched else self.once("plan", self.plan)
         plan = Plan.load(self.folder / "plan.json")
         if self.recipe.from_scratch:
             self.model, _ = self.task.build(self.recipe)
         quantize(self.model, plan, verbose=not self.folder.done("calibrate"))
+        if searched:
+            self.model.load_state_dict(self.folder.state("searched"))
         measured["calibrated"] = self.once("calibrate", self.calibrate, keep=True)
         measured["quantized"] = self.once("train", self.train, keep=True)
         measured["packed"] = self.once("pack", functools.partial(self.pack, original))
@@ -75,7 +79,8 @@ class _Run:
             packed = load(self.folder / "model.safetensors", copy.deepcopy(original))
             self.once("export", functools.partial(self.export, packed, original, self.recipe.export))
             measured["onnx"] = self.once("verify", functools.partial(self.verify, packed, self.recipe.export))
-        result = write_result(self.folder, self.model, original, self.task, measured, self.notes)
+        notes = [*self.notes, *([found["message"]] if found.get("missed") else [])]
+        result = write_result(self.folder, self.model, original, self.task, measured, notes, found.get("search"))
         require_faithful(result, self.recipe)
         return result
 
@@ -105,9 +110,19 @@ class _Run:
         plan.save(self.folder / "plan.json")
         return {}
 
+    def search(self) -> dict[str, Any]:
+        """Search the plan, and keep the weights that were trained on the way."""
+        found = search(self.model, self.recipe, self.task, self.folder / "search", self.say)
+        self.say(f"search: {found.message}")
+        found.plan.save(self.folder / "plan.json")
+        self.folder.keep("searched", found.model)
+        entry = search_entry(found)
+        return {"status": found.status, "message": found.message, "missed": found.missed, "search": entry}
+
     def calibrate(self) -> dict[str, Any]:
-        """Set the ranges of activations."""
-        calibrate(self.model, self.task.calibration(self.recipe))
+        """Set the ranges of activations; a search has done so."""
+        if self.recipe.search is None:
+            calibrate(self.model, self.task.calibration(self.recipe))
         return self.measure(self.model)
 
     def train(self) -> dict[str, Any]:

@@ -61,13 +61,9 @@ class Model(Section):
     """Patterns of tensors in that file to leave out, e.g. a head."""
 
 
-class Training(Section):
-    """One training, of the float model or of the quantized one. Give `epochs` or `max_steps`."""
+class Updates(Section):
+    """How weights are updated."""
 
-    epochs: int | None = None
-    """Passes over the training examples."""
-    max_steps: int | None = None
-    """Updates of the weights, in place of `epochs`."""
     batch_size: Count = 64
     """Examples a batch."""
     lr: float = 0.01
@@ -84,14 +80,30 @@ class Training(Section):
     """Batches an update."""
     clip: float | None = None
     """Largest L2 norm of the gradient."""
-    ema: float | None = None
-    """Decay of a moving average of the weights, which is then the result."""
     label_smoothing: Fraction = 0.0
     """Share of the label that is spread over all classes."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """32-true or bf16-mixed."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto, cpu, cuda or mps."""
+
+    def config(self, seed: int, **more: Any) -> Any:
+        """Return the ``fewbits.FitConfig`` of these fields and ``more``. Raises TrainingError for a bad value."""
+        from fewbits.train import FitConfig
+
+        return FitConfig(**self.model_dump(include=set(Updates.model_fields) - {"batch_size", "label_smoothing"}),
+                         seed=seed, **more)  # fmt: skip
+
+
+class Training(Updates):
+    """One training, of the float model or of the quantized one. Give `epochs` or `max_steps`."""
+
+    epochs: int | None = None
+    """Passes over the training examples."""
+    max_steps: int | None = None
+    """Updates of the weights, in place of `epochs`."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, which is then the result."""
     log_every: int = 10
     """Steps from one line of metrics.jsonl to the next."""
     checkpoint_every: int = 200
@@ -109,10 +121,52 @@ class Training(Section):
 
     def fit_config(self, seed: int, progress: bool = True) -> Any:
         """Return the ``fewbits.FitConfig`` of this section."""
-        from fewbits.train import FitConfig
+        own = self.model_dump(include=set(Training.model_fields) - set(Updates.model_fields))
+        return self.config(seed, progress=progress, **own)
 
-        fields = self.model_dump(exclude={"batch_size", "label_smoothing"})
-        return FitConfig(**fields, seed=seed, progress=progress)
+
+class SearchRules(Updates):
+    """A search that trains and measures the bits it tries, with plan.method sigma: what it may spend, and how it
+    trains. It measures on the validation examples."""
+
+    rounds: Count = 2
+    """Rounds of clustering at most."""
+    steps: NotNegative = 40
+    """Moves at most."""
+    move: Count = 2
+    """Layers a move."""
+    patience: Count = 3
+    """Moves in a row that come no nearer to the targets, after which it gives up."""
+    epochs_reference: NotNegative = 4
+    """Epochs of the INT8 model that it starts from."""
+    epochs_cluster: NotNegative = 4
+    """Epochs a round."""
+    epochs_refine: NotNegative = 40
+    """Epochs a move at most; it ends where the accuracy is reached."""
+    evaluate_every: Count = 1
+    """Epochs from one measurement to the next. Each such part is a training with a schedule of its own."""
+    idle: Count = 3
+    """Measurements in a row without a gain that end the training of a move."""
+    accuracy_buffer: Positive = 2.0
+    """Points of accuracy that count as near."""
+    cost_buffer: Positive = 0.05
+    """Share of the INT8 model's cost that counts as near."""
+    steps_per_epoch: Count | None = None
+    """Updates that count as an epoch; null: a pass over the training examples."""
+
+    @model_validator(mode="after")
+    def _searchable(self) -> SearchRules:
+        from fewbits.errors import FewbitsError
+
+        try:
+            self.config(seed=0, epochs=1)
+        except FewbitsError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the search itself is told."""
+        return self.model_dump(exclude={*Updates.model_fields, "steps_per_epoch"})
 
 
 class PlanRules(Section):
@@ -171,7 +225,8 @@ class PlanRules(Section):
 
 
 class Limits(Section):
-    """What the packed model may cost. Give one; uniform takes several."""
+    """What the packed model may cost, and what accuracy it must keep. Give one; uniform, sigma and some others take
+    several."""
 
     size_mb: Positive | None = None
     """Millions of bytes of the packed tensors."""
@@ -181,6 +236,18 @@ class Limits(Section):
     """Mean bits of a weight."""
     bops: Positive | None = None
     """Bit operations of one image, or of one window of a text."""
+    energy_uj: Positive | None = None
+    """Microjoules of one image or window on `hardware`."""
+    latency_ms: Positive | None = None
+    """Milliseconds of one image or window on `hardware`."""
+    hardware: str | None = None
+    """Name or file of a hardware description."""
+    accuracy: Percent | None = None
+    """Least accuracy in percent (of tokens, for language), on the validation examples; needs `search`."""
+    accuracy_drop: Percent | None = None
+    """Points of accuracy that may be lost against `reference`; needs `search`."""
+    reference: Literal["int8", "fp32"] | None = None
+    """What accuracy_drop counts from: int8 (the trained model with 8 bits everywhere, also where null) or fp32."""
 
 
 class Export(Section):
@@ -243,6 +310,8 @@ class Recipe(Section):
     """Which layer is quantized how."""
     budget: Limits | None = None
     """What the packed model may cost; null: no limit."""
+    search: SearchRules | None = None
+    """Search the plan by training and measuring; null: decide it without."""
     qat: Training | None = None
     """Quantization-aware training; null: calibration only."""
     from_scratch: bool = False
@@ -274,9 +343,31 @@ class Recipe(Section):
             if (plan.method == method) == (value is None):
                 key = "file" if method == "file" else "layer"
                 raise ValueError(f"plan.{key} is for plan.method {method}: give both or neither")
+        self._check_search()
         if self.from_scratch and self.qat is None:
             raise ValueError("from_scratch needs qat: without it nothing would be trained")
         return self
+
+    def _check_search(self) -> None:
+        from fewbits.allocate import Budget
+        from fewbits.allocate.problem import HOLD_ACCURACY
+        from fewbits.errors import FewbitsError
+
+        try:
+            budget = None if self.budget is None else Budget(**self.budget.model_dump())
+        except FewbitsError as error:
+            raise ValueError(f"budget: {error}") from error
+        if self.search is None:
+            if budget is not None and budget.floors:
+                raise ValueError(f"budget: {budget.floors} can only be held by a search: add a section 'search'")
+            return
+        if self.plan.method not in HOLD_ACCURACY:
+            raise ValueError(f"search is for plan.method {' or '.join(sorted(HOLD_ACCURACY))}, got {self.plan.method}")
+        if self.from_scratch:
+            raise ValueError("from_scratch would throw away the weights that search trains: drop one of them")
+        twice = sorted(set(self.search.settings()) & set(self.plan.options))
+        if twice:
+            raise ValueError(f"plan.options: {twice} belong into the section 'search'")
 
     def smoked(self) -> Recipe:
         """Return the recipe cut down to seconds; it may then use images that are not real."""
@@ -297,4 +388,8 @@ class Recipe(Section):
                 short = {"epochs": None, "max_steps": smoke.steps, "batch_size": min(16, training.batch_size)}
                 often = {"log_every": 1, "checkpoint_every": 2, "warmup_steps": 0}
                 changes[name] = training.model_copy(update=short | often)
+        if self.search is not None:
+            few_epochs = {"epochs_reference": 1, "epochs_cluster": 1, "epochs_refine": 1, "steps": 2, "rounds": 1}
+            small = {"steps_per_epoch": smoke.steps, "batch_size": min(16, self.search.batch_size), "warmup_steps": 0}
+            changes["search"] = self.search.model_copy(update=few_epochs | small)
         return self.model_copy(update=changes)

@@ -37,11 +37,13 @@ class Task(abc.ABC, Generic[E]):
 
     train: what is trained on. validation: held out of it, None if nothing is. test: for final numbers only. notes:
     what a reader of the results must know of them.
-    headline: the metric that is told first. shown: inputs on which output errors are measured. per_token: outputs are
-    [B, T, classes], and each of the T answers counts. classes: names of what is told apart, where there are some.
+    headline: the metric that is told first. accuracy: the one that a floor of the accuracy means, in percent. shown:
+    inputs on which output errors are measured. per_token: outputs are [B, T, classes], and each of the T answers
+    counts. classes: names of what is told apart, where there are some.
     """
 
     headline: ClassVar[str]
+    accuracy: ClassVar[str]
     shown: ClassVar[int]
     per_token: ClassVar[bool] = False
 

@@ -29,6 +29,7 @@ class Texts(Task[TextExamples]):
     """Windows of one text: train, validation and test follow each other in it. See ``Task``."""
 
     headline: ClassVar[str] = "perplexity"
+    accuracy: ClassVar[str] = "token_accuracy"
     shown: ClassVar[int] = 4
     per_token: ClassVar[bool] = True
 
