@@ -26,6 +26,8 @@ import torch
 from torch import nn
 
 import fewbits as fb
+from fewbits.cost import bops, model_shape
+from fewbits.cost import size as packed_size
 from fewbits.plan import LayerPlan, Plan, TensorPlan
 from fewbits.quantizers import Quantizer
 from fewbits.tasks.gpt import GPT, GPTConfig
@@ -38,6 +40,7 @@ SIZES = {
     "small": GPTConfig(layers=4, heads=4, width=256, context=128),
 }
 VALIDATED = 32768  # tokens
+VOCABULARY = 65  # characters of tiny Shakespeare
 DIVERGED = 1.05  # of the loss at the start
 
 
@@ -108,8 +111,8 @@ ARMS = (
 def main() -> None:
     """Run what is missing, or print the table of what is there."""
     args = arguments()
-    if args.table:
-        print(table(read(args.out)))
+    if args.table or args.pareto:
+        print(table(read(args.out)) if args.table else pareto(read(args.out), args.block))
         return
     torch.set_num_threads(args.threads)
     train, validation, vocabulary = data(args)
@@ -136,6 +139,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="print the table of the finished runs")
+    parser.add_argument("--pareto", action="store_true", help="print loss against bytes and bit operations")
     return parser.parse_args()
 
 
@@ -146,14 +150,20 @@ def data(args: argparse.Namespace) -> tuple[Any, Any, int]:
     return train, validation.first(VALIDATED // context), tokenizer.vocabulary
 
 
+def planned(size: str, bits: str, arm: str, block: int, vocabulary: int) -> tuple[nn.Module, Plan]:
+    """Return a float model and the plan of an arm for it; that of ``float`` has no rules."""
+    model = GPT(replace(SIZES[size], vocabulary=vocabulary))
+    widths, _, sparsity = ("A16W16" if arm == "float" else bits).partition("+")
+    a, w = (int(part) for part in widths[1:].split("W"))
+    plan = layer_plan(arm, a, w, block, sparsity or None)
+    return model, Plan(() if plan is None else tuple(block_rules(model, plan)))
+
+
 def model_for(args: argparse.Namespace, arm: str, vocabulary: int, seed: int) -> nn.Module:
     """Build the quantized model of an arm, seeded."""
     torch.manual_seed(seed)
-    model = GPT(replace(SIZES[args.size], vocabulary=vocabulary))
-    bits, _, sparsity = args.bits.partition("+")
-    a, w = (int(part) for part in bits[1:].split("W"))
-    plan = layer_plan(arm, a, w, args.block, sparsity or None)
-    return model if plan is None else fb.quantize(model, Plan(tuple(block_rules(model, plan))), verbose=False)
+    model, plan = planned(args.size, args.bits, arm, args.block, vocabulary)
+    return fb.quantize(model, plan, verbose=False) if plan.rules else model
 
 
 def run(
@@ -237,6 +247,28 @@ def table(rows: list[dict[str, Any]]) -> str:
         diverged = f"{sum(row['diverged'] for row in found)} of {len(found)}"
         lines.append(f"| {bits} | {arm} | {losses} | {diverged} | {median:.2g} / {largest:.2g} |")
     return "\n".join(lines)
+
+
+def pareto(rows: list[dict[str, Any]], block: int) -> str:
+    """Return the loss at each arm's best learning rate, beside stored bytes and bit operations, cheapest first.
+
+    Bytes are those of the packed file's tensors, with embeddings, norms and head in float32; bit operations are those
+    of one token in the quantized layers and the head.
+    """
+    cells: dict[tuple[str, int, str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        cells[row["size"], row["steps"], row["bits"], row["arm"]][row["lr"]].append(row["loss"])
+    lines = []
+    for (size, steps, bits, arm), by_lr in cells.items():
+        model, plan = planned(size, bits, arm, block, VOCABULARY)
+        context = SIZES[size].context
+        shape = model_shape(model, torch.zeros(1, context, dtype=torch.long))
+        stored, operations = packed_size(plan, shape).total, bops(plan, shape) / context
+        lr = min(by_lr, key=lambda lr: statistics.mean(by_lr[lr]))
+        told = f"{_cell(by_lr[lr])} | {len(by_lr[lr])} | {lr:g} | {stored / 1000:.0f} | {operations / 1e6:.2f}"
+        lines.append(((size, steps), stored, f"| {size}, {steps} steps | {bits} | {arm} | {told} |"))
+    head = "| model | bits | arm | loss | seeds | learning rate | kB | million bit operations a token |\n"
+    return head + "| --- " * 8 + "|\n" + "\n".join(line for *_, line in sorted(lines))
 
 
 def _cell(losses: list[float]) -> str:
