@@ -103,7 +103,10 @@ def allocate(
     size_mb: Annotated[float | None, typer.Option(help="Budget: millions of bytes of the packed tensors.")] = None,
     average_bits: Annotated[float | None, typer.Option(help="Budget: mean bits of a weight.")] = None,
     bops: Annotated[float | None, typer.Option(help="Budget: bit operations of one input.")] = None,
-    method: Annotated[str, typer.Option(help="Allocation method.")] = "solver",
+    energy_uj: Annotated[float | None, typer.Option(help="Budget: microjoules of one input on --hardware.")] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Budget: milliseconds of one input on --hardware.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="int8_mac, shift_add, cpu, npu, or a YAML file.")] = None,
+    method: Annotated[str, typer.Option(help="Allocation method: solver, uniform, sigma, ...")] = "solver",
     menu: Annotated[str, typer.Option(help="Weight bits to choose from.")] = "2,3,4,6,8",
     act_bits: ActBits = None,
     first_last: FirstLast = 8,
@@ -117,11 +120,12 @@ def allocate(
         from fewbits.recipes.models import allocated, cost, named_model
 
         built, example = named_model(model, classes, _numbers("--input", input_shape), weights)
-        limits = {"size_mb": size_mb, "average_bits": average_bits, "bops": bops}
+        limits = {"size_mb": size_mb, "average_bits": average_bits, "bops": bops, "energy_uj": energy_uj,
+                  "latency_ms": latency_ms, "hardware": hardware}  # fmt: skip
         bits = _numbers("--menu", menu)
         plan = allocated(built, example, limits, method=method, menu=bits, act_bits=act_bits, first_last=first_last)
         plan.save(out)
-        answer.update(cost(built, example, plan), plan=str(out), decided_from=dict(plan.decided_from))
+        answer.update(cost(built, example, plan, hardware), plan=str(out), decided_from=dict(plan.decided_from))
         answer.shown = lambda: _show_cost(answer.data, f"{model}: {out}")
 
 

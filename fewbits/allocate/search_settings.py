@@ -20,6 +20,10 @@ AT_LEAST = {
     "move": 1, "patience": 1, "rounds": 1, "steps": 0, "evaluate_every": 1, "idle": 1, "epochs_reference": 0,
     "epochs_cluster": 0, "epochs_refine": 0, "penalty": 0, "penalty_step": 0, "seed": 0,
 }  # fmt: skip
+OF_SEARCH = {  # what only a search that trains and measures heeds
+    "size_fit", "rounds", "steps", "move", "patience", "epochs_reference", "epochs_cluster", "epochs_refine",
+    "evaluate_every", "idle", "accuracy_buffer", "cost_buffer", "penalty_step", "seed",
+}  # fmt: skip
 WHOLE = set(AT_LEAST) - {"penalty", "penalty_step"}
 
 

@@ -20,7 +20,7 @@ from fewbits.allocate.layout import Complete, Layout
 from fewbits.allocate.problem import Problem, allocator
 from fewbits.allocate.rank import divergences, item_sigmas, ranked, sample_inputs
 from fewbits.allocate.search import Say, Search, clustered
-from fewbits.allocate.search_settings import SearchSettings
+from fewbits.allocate.search_settings import OF_SEARCH, SearchSettings
 from fewbits.allocate.search_state import SearchFolder
 from fewbits.allocate.style import Style
 from fewbits.allocate.subject import Evaluate, Finetune, Subject
@@ -165,10 +165,12 @@ def sigma(
     below what is possible, and for an accuracy without the functions that train and measure it.
     """
     if finetune is None and evaluate is None:
-        given = [name for name, value in (("calibration", calibration), ("state", state)) if value is not None]
         chosen = SearchSettings(**settings)
-        if state is not None or (calibration is not None and not _moves_inputs(problem, chosen)):
-            raise PlanError(f"{given} are for a search: give finetune= and evaluate= too, or drop them")
+        idle = sorted(OF_SEARCH & set(settings)) + ([] if state is None else ["state"])
+        if calibration is not None and not _moves_inputs(problem, chosen):
+            idle.append("calibration")
+        if idle:
+            raise PlanError(f"{idle} are for a search that trains: give finetune= and evaluate= too, or drop them")
         return _untrained(problem, chosen, calibration, complete)
     if finetune is None or evaluate is None or calibration is None:
         raise PlanError(

@@ -365,9 +365,9 @@ class Recipe(Section):
             raise ValueError(f"search is for plan.method {' or '.join(sorted(HOLD_ACCURACY))}, got {self.plan.method}")
         if self.from_scratch:
             raise ValueError("from_scratch would throw away the weights that search trains: drop one of them")
-        twice = sorted(set(self.search.settings()) & set(self.plan.options))
+        twice = sorted({*self.search.settings(), "seed"} & set(self.plan.options))
         if twice:
-            raise ValueError(f"plan.options: {twice} belong into the section 'search'")
+            raise ValueError(f"plan.options: {twice} belong into the section 'search', and seed beside it")
 
     def smoked(self) -> Recipe:
         """Return the recipe cut down to seconds; it may then use images that are not real."""
