@@ -173,11 +173,16 @@ class Bench:
         return next((r for r in read(self.args.out) if all(r.get(k) == v for k, v in key.items())), None)
 
     def write(self, **row: Any) -> None:
-        """Append a line; several processes may share the file."""
-        with self.args.out.open("a", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
+        """Append a line."""
+        write(self.args.out, **row)
+
+
+def write(path: Path, **row: Any) -> None:
+    """Append a line and print it; several processes may share the file."""
+    with path.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
