@@ -124,7 +124,6 @@ def _search(
         "missed": missed,
         "steps": len(done.log),
         "epochs": log["epochs"],
-        "seconds": log["seconds"],
         "settings": chosen.to_dict(),
     }
     plan = _told(layout, mark.bits, told)

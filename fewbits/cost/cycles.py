@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fewbits.cost.shapes import require_layers
 from fewbits.errors import QuantizationError
 from fewbits.layers import QuantizedLayer, float_class, quantizable, twin_class
-from fewbits.layers.swap import layer_weight
+from fewbits.layers.swap import layer_weight, output_only
 from fewbits.plan import Plan, TensorPlan
 from fewbits.quantizers import Codes, Quantizer
 
@@ -61,7 +61,7 @@ def plan_cycles(model: nn.Module, plan: Plan, *, sample: int = SAMPLE) -> dict[s
 
     A layer that is quantized by that very plan already gives the codes that it was trained to.
     """
-    decided = plan.resolve(quantizable(model))
+    decided = plan.resolve(quantizable(model), output_only(model))
     found = {}
     for name, layer in _weighted(model):
         layer_plan = decided.get(name)
