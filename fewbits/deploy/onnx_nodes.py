@@ -16,6 +16,7 @@ from fewbits.deploy.align import largest_factor
 from fewbits.deploy.packed import PackedLayer, packed_class
 from fewbits.errors import ExportError
 from fewbits.quantizers import Codes, Dynamic, Grid, Grouping, Quantizer, Uniform
+from fewbits.quantizers.dynamic import wide
 
 symbolic: Any = torch.onnx.ops.symbolic
 
@@ -85,12 +86,12 @@ class EmitDynamic(nn.Module):
         self.rule, self.grouping = quantizer.rule, quantizer.grouping
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x fake-quantized, same shape, in float32."""
+        """Return x fake-quantized, same shape and dtype."""
         parts = []
-        for rows in self.grouping.rows(x):
+        for rows in self.grouping.rows(wide(x)):
             values, scale, offset = self.rule.fit(rows, None)
             parts.append(values * scale if offset is None else values * scale + offset)
-        return self.grouping.merge(parts, x.shape)
+        return self.grouping.merge(parts, x.shape).to(x.dtype)
 
 
 class EmitWeight(nn.Module):

@@ -88,7 +88,7 @@ def _values(x: Tensor, pruned: Tensor | None, rule: Rule, grouping: Grouping) ->
     x = grouping.viewable(x)
     y = torch.empty_like(x)
     for y_, x_, pruned_ in _tiles(grouping, y, x, pruned):
-        values, scale, offset = rule.fit(_wide(x_), pruned_)
+        values, scale, offset = rule.fit(wide(x_), pruned_)
         values = values.mul_(scale)
         y_.copy_(cast(values if offset is None else values.add_(offset), y.dtype))
     return y
@@ -99,11 +99,11 @@ def _vjp(grad: Tensor, x: Tensor, pruned: Tensor | None, rule: Rule, grouping: G
     x, grad = grouping.viewable(x), grouping.viewable(grad)
     out = torch.empty_like(x)
     for out_, grad_, x_, pruned_ in _tiles(grouping, out, grad, x, pruned):
-        out_.copy_(rule.vjp(_wide(grad_), _wide(x_), pruned_))
+        out_.copy_(rule.vjp(wide(grad_), wide(x_), pruned_))
     return out
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """Return x in the dtype of statistics: float32, or float64 if it is that already."""
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
@@ -169,7 +169,7 @@ class Dynamic(Quantizer):
         """Return the integer codes of x. Raises QuantizationError on NaN or Inf."""
         self.require_finite(x)
         with torch.no_grad():
-            fits = [self.rule.fit(_wide(p), mask) for p, mask in _views(self.grouping, x, self.pruned(x))]
+            fits = [self.rule.fit(wide(p), mask) for p, mask in _views(self.grouping, x, self.pruned(x))]
             rows = [fit.values.to(torch.int32).flatten(0, -2) for fit in fits]
             values = self.grouping.merge(rows, x.shape)
             scale = torch.cat([fit.scale.flatten() for fit in fits])
