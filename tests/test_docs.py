@@ -38,6 +38,12 @@ def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(names["again"](x), names["packed"](x))
 
 
+def test_the_page_on_allocation(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run("docs/allocation.md")["result"]
+    assert result.status in ("ok", "abandon", "exhausted", "max_steps")
+    assert f"{result.status}: " in capsys.readouterr().out
+
+
 def test_the_page_on_language(capfd: pytest.CaptureFixture[str]) -> None:
     names = run("docs/language.md")
     assert names["generate"](names["packed"], names["prompt"], 20).shape == (1, 26)
