@@ -35,7 +35,7 @@ def hessian(
     """Return the expected rise of the loss for each layer at each width, from the layer's mean curvature.
 
     Half the average eigenvalue of the layer's Hessian times the squared quantization error: Dong et al. 2020,
-    "HAWQ-V2: Hessian aware trace-weighted quantization of neural networks", eq. 5 and 6; the half of the Taylor
+    "HAWQ-V2: Hessian aware trace-weighted quantization of neural networks", their Omega; the half of the Taylor
     expansion makes it a loss. A negative average, as noise or a saddle gives it, counts as 0. probes, seed: as of
     ``hessian_traces``; other arguments: as of ``fisher``.
     """

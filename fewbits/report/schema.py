@@ -141,9 +141,13 @@ class SearchReference(Part):
 
 
 class Search(Part):
-    """A search of bit widths. targets, buffers: "accuracy", and costs by the names of limits; the first cost leads."""
+    """A search of bit widths. targets, buffers: "accuracy", and costs by the names of limits; the first cost leads.
+
+    message: the status in words, with what is out of reach.
+    """
 
     status: str = ""
+    message: str = ""
     reference: SearchReference = SearchReference()
     targets: dict[str, float | None] = {}
     buffers: dict[str, float | None] = {}

@@ -173,7 +173,10 @@ def test_the_page_has_them_and_reads_hostile_names(run_folder: Path, result: dic
     assert 'id="search"' in page and 'id="hardware"' in page and "shift-add array" in page
     assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
     assert page.count('class="spot ') == 2 + 3 + 5
-    assert "the status ok" in page
+    assert "the status ok." in page
+    search["message"] = "abandon: out of reach: accuracy is 1 below"
+    (run_folder / "result.json").write_text(json.dumps(result))
+    assert "the status abandon: out of reach: accuracy is 1 below." in write_report(run_folder).read_text("utf-8")
 
 
 def test_a_page_without_a_search_has_neither(run_folder: Path) -> None:
