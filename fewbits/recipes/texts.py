@@ -51,12 +51,18 @@ class Texts(Task[TextExamples]):
                 f"data.options.context is {self.train.context} tokens, but the model {given.name!r} has a context of "
                 f"{model.context}; choose at most that"
             )
-        if given.weights is not None:
-            path = find_weights(given.weights)
-            if path is None:
-                raise DataError(f"the float weights {given.weights!r} are not there; correct model.weights")
+        if given.weights is None:
+            return model, ()
+        path = find_weights(given.weights)
+        if path is not None:
             load_weights(model, path, given.skip)
-        return model, ()
+            return model, ()
+        if not recipe.data.stand_in:
+            raise DataError(
+                f"the float weights {given.weights!r} are not there, neither as a path nor in ../shared/data; give their "
+                "file with --set model.weights=FILE, or train from nothing with --set model.weights=null"
+            )
+        return model, (f"random weights in place of {given.weights!r}, which is not there",)
 
     def loss(self, label_smoothing: float = 0.0) -> Loss:
         """See ``Task``."""

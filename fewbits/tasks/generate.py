@@ -48,8 +48,8 @@ def generate(
     reads all tokens anew. Both do the same sums, in another order: in float64 the tokens are the same; in float32 the
     rounding may send an activation to the other of two codes, and at one bit another text may follow.
 
-    Raises DataError for no token, tokens outside the vocabulary, more tokens than the model's ``context``, and options
-    out of range.
+    Raises DataError for no token, tokens outside the vocabulary, more tokens than the model's ``context``, options out of
+    range, a top_k that nothing is drawn from (temperature 0), and logits that are NaN.
     """
     _check(model, tokens, n, temperature, top_k)
     generator = torch.Generator().manual_seed(seed)
@@ -57,11 +57,20 @@ def generate(
     fresh = tokens
     with in_eval(model), torch.no_grad():
         for _ in range(n):
-            logits = (model(fresh) if kept is None else model(fresh, kept))[:, -1]
-            chosen = _choose(logits.float().cpu(), temperature, top_k, generator).to(tokens.device)
+            logits = (model(fresh) if kept is None else model(fresh, kept))[:, -1].float().cpu()
+            _require_numbers(logits, tokens.shape[1])
+            chosen = _choose(logits, temperature, top_k, generator).to(tokens.device)
             tokens = torch.cat([tokens, chosen], dim=1)
             fresh = tokens if kept is None else chosen
     return tokens
+
+
+def _require_numbers(logits: Tensor, position: int) -> None:
+    if bool(logits.isnan().any()):
+        raise DataError(
+            f"the logits after token {position} hold NaN: the model's weights are damaged or its training diverged; "
+            "evaluate its loss, and look for the first layer with NaN"
+        )
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
@@ -83,6 +92,8 @@ def _check(model: Any, tokens: Tensor, n: int, temperature: float, top_k: int | 
         )
     if n < 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
         raise DataError(f"need n >= 0, temperature >= 0 and top_k >= 1, got {n}, {temperature} and {top_k}")
+    if top_k is not None and temperature == 0:
+        raise DataError(f"top_k={top_k} is for drawing: give a temperature above 0, or leave it out")
     context, vocabulary = getattr(model, "context", None), getattr(model, "vocabulary", None)
     end = tokens.shape[1] + n - 1  # the last one is not read any more
     if context is not None and n and end > context:

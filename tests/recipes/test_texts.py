@@ -57,6 +57,14 @@ def test_the_model_takes_vocabulary_and_context_from_the_text(tmp_path: Path) ->
     assert torch.equal(model.head.weight, again.head.weight)
 
 
+def test_missing_weights_are_an_error_but_in_a_smoke_run() -> None:
+    chosen = recipe(model={"name": "gpt_nano", "weights": "nowhere.pt"})
+    with pytest.raises(DataError, match=r"'nowhere.pt' are not there.*--set model\.weights=FILE"):
+        load_task(chosen).build(chosen)
+    smoked = chosen.smoked()
+    assert load_task(smoked).build(smoked)[1] == ("random weights in place of 'nowhere.pt', which is not there",)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -93,6 +93,12 @@ def test_what_cannot_be_generated_is_told() -> None:
         generate(model, torch.tensor([[3, 31]]), 1)
     with pytest.raises(DataError, match="at least one token"):
         generate(model, torch.zeros(1, 0, dtype=torch.int64), 1)
+    with pytest.raises(DataError, match="top_k=3 is for drawing"):
+        generate(small(), PROMPT, 2, top_k=3)
+    broken = small()
+    torch.nn.init.constant_(broken.head.weight, torch.nan)
+    with pytest.raises(DataError, match="after token 3 hold NaN"):
+        generate(broken, PROMPT, 2)
     with pytest.raises(DataError, match="temperature >= 0"):
         generate(model, PROMPT, 1, temperature=-1)
 
