@@ -59,8 +59,8 @@ class Texts(Task[TextExamples]):
             return model, ()
         if not recipe.data.stand_in:
             raise DataError(
-                f"the float weights {given.weights!r} are not there, neither as a path nor in ../shared/data; give their "
-                "file with --set model.weights=FILE, or train from nothing with --set model.weights=null"
+                f"the float weights {given.weights!r} are not there, neither as a path nor in ../shared/data; give "
+                "their file with --set model.weights=FILE, or train from nothing with --set model.weights=null"
             )
         return model, (f"random weights in place of {given.weights!r}, which is not there",)
 

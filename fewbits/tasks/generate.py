@@ -48,8 +48,8 @@ def generate(
     reads all tokens anew. Both do the same sums, in another order: in float64 the tokens are the same; in float32 the
     rounding may send an activation to the other of two codes, and at one bit another text may follow.
 
-    Raises DataError for no token, tokens outside the vocabulary, more tokens than the model's ``context``, options out of
-    range, a top_k that nothing is drawn from (temperature 0), and logits that are NaN.
+    Raises DataError for no token, tokens outside the vocabulary, more tokens than the model's ``context``, options out
+    of range, a top_k that nothing is drawn from (temperature 0), and logits that are NaN.
     """
     _check(model, tokens, n, temperature, top_k)
     generator = torch.Generator().manual_seed(seed)
