@@ -125,7 +125,10 @@ def allocate(
         bits = _numbers("--menu", menu)
         plan = allocated(built, example, limits, method=method, menu=bits, act_bits=act_bits, first_last=first_last)
         plan.save(out)
-        answer.update(cost(built, example, plan, hardware), plan=str(out), decided_from=dict(plan.decided_from))
+        found = cost(built, example, plan, hardware)
+        if hardware is not None:
+            found["hardware"]["weights"] = weights or "random"
+        answer.update(found, plan=str(out), decided_from=dict(plan.decided_from))
         answer.shown = lambda: _show_cost(answer.data, f"{model}: {out}")
 
 

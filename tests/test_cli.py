@@ -103,6 +103,22 @@ def test_an_allocation_becomes_a_plan_that_cost_reads(capsys: pytest.CaptureFixt
     assert code == 0 and "features.9" in out and "33,040 weights" in out
 
 
+def test_an_allocation_on_hardware_is_told_as_cost_tells_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    plan, common = tmp_path / "plan.json", ("reference_cnn", "--act-bits", "8")
+    given = ("--energy-uj", "0.1", "--hardware", "shift_add", "--first-last", "2", "--out", str(plan))
+    for method in ("sigma", "solver"):
+        found = answer(capsys, "allocate", *common, "--method", method, *given)
+        spent = sum(found["energy_uj"].values())
+        assert 0.05 < spent <= 0.1 and found["decided_from"]["method"] == method
+        assert found["decided_from"]["predicted"]["energy_uj"] == pytest.approx(spent)
+    again = answer(capsys, "cost", "reference_cnn", "--plan", str(plan), "--hardware", "shift_add")
+    assert again["energy_uj"] == found["energy_uj"]
+    code, out, _ = call(capsys, "allocate", *common, *given)
+    assert code == 0 and "features.9" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -110,6 +126,10 @@ def test_an_allocation_becomes_a_plan_that_cost_reads(capsys: pytest.CaptureFixt
         (["run", "digits", "--set", "qat.epoch=1"], "unknown key 'qat.epoch'; did you mean 'epochs'"),
         (["allocate", "reference_cnn", "--average-bits", "1"], "cannot be met: the least possible is"),
         (["allocate", "reference_cnn"], "needs at least one limit"),
+        (["allocate", "reference_cnn", "--method", "sigma", "--size-mb", "0.001"], "size_bytes=1,000 cannot be met"),
+        (["allocate", "reference_cnn", "--energy-uj", "3"], "energy_uj needs hardware="),
+        (["allocate", "reference_cnn", "--energy-uj", "3", "--hardware", "cpus"], "did you mean 'cpu'"),
+        (["allocate", "reference_cnn", "--average-bits", "3", "--method", "sigm"], "did you mean 'sigma'"),
         (["cost", "resnet21"], "'resnet21' is not among fewbits' own models; did you mean"),
         (["cost", "reference_cnn", "--weight-bits", "9"], "weight_bits must be one of"),
         (["cost", "reference_cnn", "--hardware", "npu"], "needs products of float, this hardware runs [4, 8, 16]"),
