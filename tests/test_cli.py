@@ -103,9 +103,7 @@ def test_an_allocation_becomes_a_plan_that_cost_reads(capsys: pytest.CaptureFixt
     assert code == 0 and "features.9" in out and "33,040 weights" in out
 
 
-def test_an_allocation_on_hardware_is_told_as_cost_tells_it(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_an_allocation_on_hardware_is_told_as_cost_tells_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plan, common = tmp_path / "plan.json", ("reference_cnn", "--act-bits", "8")
     given = ("--energy-uj", "0.1", "--hardware", "shift_add", "--first-last", "2", "--out", str(plan))
     for method in ("sigma", "solver"):
