@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench hardware clean
 
 demo: $(VENV)/ready
 	$(BIN)/fewbits demo --out runs/demo
@@ -22,6 +22,10 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.deploy
 	$(BIN)/python -m benchmarks.onnx_zoo
 	$(BIN)/python -m benchmarks.cifar10_qat
+
+# Needs Debian's iverilog, yosys and qflow-tech-osu018; says so where they are not there.
+hardware: $(VENV)/ready
+	$(BIN)/python -m hardware.measure
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

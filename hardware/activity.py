@@ -75,7 +75,7 @@ def toggles(module: dict, vcd: Path) -> Counter[int]:
             if code in nets:
                 value = value.rjust(len(nets[code]), "0" if value[0] in "01" else value[0])
                 for net, old, new in zip(nets[code], last.get(code, value), value):
-                    count[net] += old != new
+                    count[net] += {old, new} == {"0", "1"}
                 last[code] = value
     used = {bit for cell in module["cells"].values() for net in cell["connections"].values() for bit in net}
     missing = {bit for bit in used if isinstance(bit, int)} - seen  # a constant is a text

@@ -68,7 +68,7 @@ def versions() -> str:
 
 def checks(work: Path) -> Iterator[str]:
     """Yield the table of simulations; exit where a circuit is wrong."""
-    yield "| circuit | all weights of 2, 4, 6, 8 bits x all activations | random and extreme sums | sums beyond 32 bits |"
+    yield "| circuit | all products of 2, 4, 6, 8 bits | random and extreme sums | sums beyond 32 bits |"
     yield "| --- | ---: | ---: | ---: |"
     sets = [
         [(n, all_products(n)) for n in WIDTHS],

@@ -132,7 +132,7 @@ def test_every_public_name_is_there() -> None:
 
 def written_files() -> list[Path]:
     """Return the text files of the repository, without what tools generate."""
-    tops = [ROOT / name for name in ("fewbits", "tests", "docs", "examples", "benchmarks", ".ci")]
+    tops = [ROOT / name for name in ("fewbits", "tests", "docs", "examples", "benchmarks", "hardware", ".ci")]
     inside = [p for top in tops for p in top.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     above = [p for p in ROOT.iterdir() if p.is_file()]
     return [p for p in (*inside, *above) if p.stat().st_size < 2_000_000]

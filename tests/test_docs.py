@@ -31,6 +31,11 @@ def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert names["evaluate"](names["packed"], names["test"])["top1"] > 90
 
 
+def test_the_page_on_hardware() -> None:
+    names = run("docs/hardware.md")
+    assert 0.8 < names["found"].energy_ratio < 0.9 and len(names["found"].layers) == 21
+
+
 def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = run("docs/tutorial.md")
