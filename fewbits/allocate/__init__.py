@@ -15,8 +15,9 @@ from fewbits.allocate.hessian import hessian, hessian_traces
 from fewbits.allocate.measured import measured
 from fewbits.allocate.problem import METHODS, Problem, allocator, find_method, require_takes
 from fewbits.allocate.search_settings import SearchSettings
+from fewbits.allocate.searched import SearchResult
 from fewbits.allocate.sensitivity import fisher, weight_mse
-from fewbits.allocate.sigma import SearchResult, sigma, sigma_search
+from fewbits.allocate.sigma import sigma, sigma_fisher, sigma_search
 from fewbits.allocate.solver import Solution, solve
 from fewbits.allocate.style import Style
 from fewbits.allocate.uniform import uniform_plan
@@ -25,8 +26,8 @@ from fewbits.plan import Plan
 
 __all__ = [
     "METHODS", "Budget", "Problem", "SearchResult", "SearchSettings", "Solution", "Style", "allocate", "allocator",
-    "fisher", "hessian", "hessian_traces", "measured", "order", "plan_costs", "separable", "sigma", "sigma_search",
-    "solve", "uniform", "uniform_plan", "weight_mse",
+    "fisher", "hessian", "hessian_traces", "measured", "order", "plan_costs", "separable", "sigma", "sigma_fisher",
+    "sigma_search", "solve", "uniform", "uniform_plan", "weight_mse",
 ]  # fmt: skip
 
 

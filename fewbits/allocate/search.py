@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fewbits.allocate.clusters import cluster_bits
 from fewbits.allocate.divergence import MODES
 from fewbits.allocate.goal import Goal
 from fewbits.allocate.layout import INT8, Item, Layout
-from fewbits.allocate.rank import divergences, item_scores, item_sigmas, ranked, sample_inputs
+from fewbits.allocate.rank import divergences, item_scores
+from fewbits.allocate.rankers import Ranker
 from fewbits.allocate.search_settings import SearchSettings
 from fewbits.allocate.search_state import Mark, SearchFolder, SearchState, seed_step
 from fewbits.allocate.subject import Subject
@@ -38,17 +38,15 @@ class Search:
         self,
         subject: Subject,
         layout: Layout,
+        ranker: Ranker,
         settings: SearchSettings,
         folder: SearchFolder,
         given: Mapping[str, Any],
         say: Say | None = None,
     ) -> None:
-        self.subject, self.layout, self.settings, self.folder = subject, layout, settings, folder
+        self.subject, self.layout, self.ranker, self.settings, self.folder = subject, layout, ranker, settings, folder
         self.budget, self.say = layout.problem.budget, say or (lambda text: None)
         self.items = layout.items
-        inputs = [item.layer for item in self.items if item.kind == "input"]
-        self.inputs = sample_inputs(layout.problem.model, inputs, subject.calibration) if inputs else {}
-        self.sigmas = item_sigmas(layout.problem.model, self.items, self.inputs)
         self.int8_costs = layout.costs(layout.at(INT8))
         targets, items = self.budget.targets, [[i.layer, i.kind, list(i.choices)] for i in self.items]
         identity = {"targets": targets, "settings": settings.to_dict(), "items": items, **given}
@@ -120,18 +118,21 @@ class Search:
         """Do one round of phase 1."""
         settings, state = self.settings, self.state
         assert state.reference is not None and state.now is not None
-        started, penalty, bits = time.perf_counter(), state.penalty, self._clustered(state.penalty)
+        started, penalty = time.perf_counter(), state.penalty
+        self.subject.restore(state.reference.bits, state.reference.weights)
+        self.ranker.look(self.subject.model)
+        bits = self.ranker.start(penalty)
         if bits in state.seen:  # one layer, one cluster: the reference again
             state.phase = "refine"
             return
-        self.subject.restore(state.reference.bits, state.reference.weights)
         self.subject.apply(bits)
         self.subject.refresh()
         accuracy, epochs = self.subject.cycle(settings.epochs_cluster, settings.evaluate_every)
         before, state.now = state.now.bits, self._mark(bits, accuracy)
         state.rounds, state.penalty = state.rounds + 1, penalty + settings.penalty_step
         state.seen.append(bits)
-        again = state.rounds < settings.rounds and self._clustered(state.penalty) not in state.seen
+        again = state.rounds < min(settings.rounds, self.ranker.rounds)
+        again = again and self.ranker.start(state.penalty) not in state.seen
         last = not again or self.goal.near(accuracy, state.now.costs)
         if last:  # phase 2 goes on from here
             state.stable, state.phase = state.now, "refine"
@@ -140,9 +141,6 @@ class Search:
         self._record(
             "cluster", bits, epochs, started, stable=last, before=before, penalty=penalty, rounds_left=not last
         )
-
-    def _clustered(self, penalty: float) -> list[int]:
-        return clustered(self.layout, self.sigmas, penalty, self.settings)
 
     def _refine(self) -> None:
         """Do one step of phase 2."""
@@ -181,8 +179,8 @@ class Search:
         region = goal.region(now.accuracy, now.costs)
         short, over = goal.sides(now.accuracy, now.costs)
         up = region == "bit-increase" or (region == "transition" and short >= over)
-        found = divergences(self.subject.model, self.items, self.inputs, (settings.kl,))[settings.kl]
-        order = ranked(found, self.items, now.bits, up=up, rank=settings.rank, alpha=settings.alpha, sigmas=self.sigmas)
+        self.ranker.look(self.subject.model)
+        order = self.ranker.order(now.bits, up=up)
         tried = self.state.seen
         if up and region == "bit-increase" and settings.size_fit:
             moved = next_move(self.items, now.bits, order, settings.move, tried, up=up, fits=self._fits)
@@ -211,7 +209,7 @@ class Search:
         """Append one entry to the log."""
         state, goal, now = self.state, self.goal, self.state.now
         assert now is not None
-        found = divergences(self.subject.model, self.items, self.inputs)
+        found = divergences(self.subject.model, self.items, self.ranker.inputs)
         names = list(self.layout.named(bits))
         moved = [[names[i], a, b] for i, (a, b) in enumerate(zip(before or bits, bits)) if a != b]
         region = goal.region(now.accuracy, now.costs, rounds_left=rounds_left)
@@ -236,18 +234,6 @@ class Search:
         state.log.append(entry)
         told = ", ".join(f"{name} {now.costs[name]:,.6g}" for name in self.budget.limits)
         self.say(f"search {entry['step']:>2} {phase:<9} accuracy {now.accuracy:.2f}  {told}  {region}")
-
-
-def clustered(layout: Layout, sigmas: Sequence[float], penalty: float, settings: SearchSettings) -> list[int]:
-    """Return the bits of phase 1: weights by clusters of sigma, inputs at 8."""
-    index = [i for i, item in enumerate(layout.items) if item.kind == "weight"]
-    given, menu = [sigmas[i] for i in index], layout.problem.menu
-    bits = layout.at(INT8)
-    for i, width in zip(
-        index, cluster_bits(given, menu, penalty, norm=settings.sigma_norm, clustering=settings.cluster)
-    ):
-        bits[i] = layout.items[i].at_least(width)
-    return bits
 
 
 def next_move(

@@ -24,6 +24,7 @@ OF_SEARCH = {  # what only a search that trains and measures heeds
     "size_fit", "rounds", "steps", "move", "patience", "epochs_reference", "epochs_cluster", "epochs_refine",
     "evaluate_every", "idle", "accuracy_buffer", "cost_buffer", "penalty_step", "seed",
 }  # fmt: skip
+OF_DIVERGENCE = {"kl", "rank", "alpha", "sigma_norm", "cluster", "penalty", "penalty_step", "activations"}
 WHOLE = set(AT_LEAST) - {"penalty", "penalty_step"}
 
 

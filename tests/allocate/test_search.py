@@ -14,6 +14,7 @@ from torch import nn
 from fewbits.allocate import Budget, Problem, SearchResult, SearchSettings
 from fewbits.allocate.goal import Goal
 from fewbits.allocate.layout import Item, Layout
+from fewbits.allocate.rankers import ByDivergence
 from fewbits.allocate.search import STATUSES, Search, next_move
 from fewbits.allocate.search_state import SearchFolder
 from fewbits.allocate.subject import Subject, refresh_norms
@@ -170,7 +171,9 @@ class Toy:
 def toy_search(seed: int, budget: Budget, **settings: Any) -> Search:
     model = deep(14, seed)
     layout = Layout(Problem(model, model_shape(model), budget, MENU, FREE))
-    search = Search(Toy(layout, seed), layout, SearchSettings(**settings), SearchFolder(None), {})  # type: ignore[arg-type]
+    chosen = SearchSettings(**settings)
+    ranker = ByDivergence(layout, chosen, [])
+    search = Search(Toy(layout, seed), layout, ranker, chosen, SearchFolder(None), {})  # type: ignore[arg-type]
     search.run()
     return search
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fewbits.allocate import Budget, allocate
+from fewbits.allocate import Budget, allocate, fisher
 from fewbits.cost import Hardware, hardware_cost, model_shape, plan_cycles
 from fewbits.errors import BudgetError, HardwareError, PlanError
 from fewbits.plan import Plan
@@ -150,3 +151,35 @@ def test_two_bits_may_be_ternary(scale2: str) -> None:
         deep(), allocate(deep(), Budget(average_bits=2), method="sigma", **GIVEN), verbose=False
     )  # as the style has it: {-3, -1, 1, 3}
     assert -3 in odd[0].weight_quantizer.encode(odd[0].weight.detach()).values
+
+
+def squared(model: Any, batch: Any) -> Any:
+    return model(batch).square().mean()
+
+
+def test_sigma_fisher_meets_all_limits_by_what_the_loss_feels() -> None:
+    model, options = deep(), {**GIVEN, "batches": BATCHES, "loss": squared}
+    with torch.no_grad():
+        model[3].weight.zero_()  # no error at any width, and nothing before it matters
+    plan = allocate(model, Budget(average_bits=4, size_bytes=10**6), method="sigma_fisher", **options)
+    bits = {name: layer.weight.bits for name, layer in plan if layer is not None and layer.weight is not None}
+    assert bits["0"] == bits["3"] == 2 and max(bits.values()) > 4
+    assert plan.decided_from["predicted"]["average_bits"] <= 4 and plan.decided_from["method"] == "sigma_fisher"
+    rise = fisher(model, BATCHES, squared, (2, 4, 6, 8))
+    exact = allocate(model, Budget(average_bits=4), sensitivity="fisher", **options)
+    spent = sum(rise[name][b // 2 - 1] for name, b in bits.items())
+    assert spent <= 1.5 * exact.decided_from["distortion"], "near the exact solver, which takes one limit"
+
+
+def test_a_search_by_fisher_information() -> None:
+    budget = Budget(average_bits=4, accuracy_drop=2)
+    result = searched(budget, loss=squared, batches=BATCHES, steps=4)
+    assert result.log["method"] == result.plan.decided_from["method"] == "sigma_fisher"
+    start = next(entry for entry in result.log["steps"] if entry["phase"] == "cluster")
+    assert 3 < start["costs"]["average_bits"] <= 4, "it starts within the limit, and spends it"
+    with pytest.raises(PlanError, match=r"\['kl'\] are of clusters and divergence"):
+        searched(budget, loss=squared, batches=BATCHES, kl="spread")
+    with pytest.raises(PlanError, match="give both or neither"):
+        searched(budget, loss=squared)
+    with pytest.raises(PlanError, match="'sigma_fisher' needs batches= and loss="):
+        allocate(deep(), Budget(average_bits=4), method="sigma_fisher")
