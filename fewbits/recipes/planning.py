@@ -68,6 +68,12 @@ def completion(model: nn.Module, recipe: Recipe, example: Tensor) -> Complete:
     return complete
 
 
+def needs_loss(method: str) -> bool:
+    """Tell whether a method always measures on data, not by one of its options."""
+    known = known_options(method) if method in METHODS else []
+    return "loss" in known and "sensitivity" not in known
+
+
 def check_plan(
     model: nn.Module, recipe: Recipe, example: Tensor, batches: Iterable[Batch], loss: Loss = cross_entropy
 ) -> None:
@@ -104,7 +110,7 @@ def _decide(
         return uniform_plan(model, given.weight_bits, **style)
     budget = Budget(**recipe.budget.model_dump())
     options: dict[str, Any] = dict(given.options)
-    if options.get("sensitivity") in ("fisher", "hessian", "measured"):
+    if options.get("sensitivity") in ("fisher", "hessian", "measured") or needs_loss(given.method):
         options |= {"batches": batches, "loss": loss}
     if _completes(given.method):
         options["complete"] = complete

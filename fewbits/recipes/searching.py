@@ -13,7 +13,7 @@ from torch import nn
 from fewbits.allocate import Budget, SearchResult, Style, sigma_search
 from fewbits.cost import Hardware, ModelShape, hardware_cost, plan_cycles
 from fewbits.plan import Plan
-from fewbits.recipes.planning import STYLE, completion, told
+from fewbits.recipes.planning import STYLE, completion, needs_loss, told
 from fewbits.recipes.schema import Recipe
 from fewbits.recipes.task import Task
 from fewbits.train import Batches, fit
@@ -43,7 +43,9 @@ def search(model: nn.Module, recipe: Recipe, task: Task[Any], folder: Path, say:
     def evaluate(model: nn.Module) -> float:
         return float(task.evaluate(model, validation, size)[task.accuracy])
 
-    example = task.sample(1)
+    example, data = task.sample(1), dict[str, Any]()
+    if needs_loss(given.method):
+        data = {"loss": task.loss(), "batches": list(task.sensitivity(recipe))}
     found = sigma_search(
         model,
         Budget(**recipe.budget.model_dump()),
@@ -57,6 +59,7 @@ def search(model: nn.Module, recipe: Recipe, task: Task[Any], folder: Path, say:
         state=folder,
         say=say,
         seed=recipe.seed,
+        **data,
         **rules.settings(),
         **given.options,
     )

@@ -121,6 +121,15 @@ def test_a_language_model_is_searched_by_its_tokens(tmp_path: Path) -> None:
     assert 0 <= found.accuracy <= 100 and found.costs["average_bits"] > 0
 
 
+def test_a_search_by_fisher_information_gets_its_data(tmp_path: Path) -> None:
+    recipe = searching_recipe(plan={**PLAN, "method": "sigma_fisher"}, float_training={"epochs": 1})
+    task = load_task(recipe)
+    model = task.build(recipe)[0]
+    runner.check_plan(model, recipe, task.sample(1), task.sensitivity(recipe), task.loss())
+    found = searching.search(model, recipe, task, tmp_path, quiet)
+    assert found.plan.decided_from["method"] == "sigma_fisher" and found.costs["average_bits"] <= 4
+
+
 def test_a_limit_below_what_is_possible_is_told_before_the_float_training() -> None:
     recipe = searching_recipe(budget={"average_bits": 1.5, "accuracy_drop": 1}, float_training={"epochs": 1})
     task = load_task(recipe)
