@@ -49,7 +49,8 @@ class Search:
         self.items = layout.items
         self.int8_costs = layout.costs(layout.at(INT8))
         targets, items = self.budget.targets, [[i.layer, i.kind, list(i.choices)] for i in self.items]
-        identity = {"targets": targets, "settings": settings.to_dict(), "items": items, **given}
+        weights = [f"{s:.5g}" for s in ranker.sigmas]  # enough to tell another model, not another machine
+        identity = {"targets": targets, "settings": settings.to_dict(), "items": items, "sigmas": weights, **given}
         self.state = folder.load(identity) or SearchState(identity, penalty=settings.penalty)
 
     def run(self) -> SearchState:

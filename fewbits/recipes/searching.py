@@ -40,8 +40,14 @@ def search(model: nn.Module, recipe: Recipe, task: Task[Any], folder: Path, say:
         )
         model.cpu()
 
+    cuda = rules.accelerator in ("auto", "cuda") and torch.cuda.is_available()
+
     def evaluate(model: nn.Module) -> float:
-        return float(task.evaluate(model, validation, size)[task.accuracy])
+        model.to("cuda" if cuda else "cpu")
+        try:
+            return float(task.evaluate(model, validation, size)[task.accuracy])
+        finally:
+            model.cpu()  # where the calibration batches are
 
     example, data = task.sample(1), dict[str, Any]()
     if needs_loss(given.method):

@@ -139,6 +139,8 @@ def test_a_folder_of_another_search_is_refused(tmp_path: Path) -> None:
         searched(Budget(average_bits=7), state=tmp_path)
     with pytest.raises(CheckpointError, match="settings was"):
         searched(Budget(average_bits=8), state=tmp_path, kl="spread")
+    with pytest.raises(CheckpointError, match="sigmas was"):
+        searched(Budget(average_bits=8), state=tmp_path, model=deep(seed=1), layers=9)
     (tmp_path / "search.pt").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="cannot be read.*delete it"):
         searched(Budget(average_bits=8), state=tmp_path)
