@@ -174,8 +174,9 @@ class PlanRules(Section):
 
     method: str = "uniform"
     """uniform (`weight_bits` everywhere, or with a budget the most that fit it), solver (best bits a layer within the
-    budget), sigma or another allocation method (allocation.md), file (a plan.json), blocks (`layer` for the linear layers of a transformer's
-    blocks; embeddings, LM head, norms and products between activations in float), or explicit (only `rules`)."""
+    budget), sigma or another allocation method (allocation.md), file (a plan.json), blocks (`layer` for the linear
+    layers of a transformer's blocks; embeddings, LM head, norms and products between activations in float), or
+    explicit (only `rules`)."""
     layer: dict[str, Any] | None = None
     """The layer plan of every layer, for method blocks, e.g. `{weight: {bits: 1}, input: {bits: 4}}`."""
     file: str | None = None

@@ -57,7 +57,7 @@ def search(model: nn.Module, recipe: Recipe, task: Task[Any], folder: Path, say:
         Budget(**recipe.budget.model_dump()),
         finetune,
         evaluate,
-        task.calibration(recipe),
+        [part for inputs in task.calibration(recipe) for part in inputs.chunk(-(-len(inputs) // size))],
         example=example,
         menu=given.menu,
         style=Style(**given.model_dump(include=set(STYLE))),
