@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbits.deploy.onnx_activations import EmitActivation, EmitDynamic
 from fewbits.deploy.onnx_graph import finish_graph
-from fewbits.deploy.onnx_nodes import EmitActivation, EmitDynamic, EmitWeight, emit_layer, refine_for_bias
+from fewbits.deploy.onnx_nodes import EmitWeight, emit_layer, refine_for_bias
 from fewbits.deploy.packed import PackedLayer, PackedWeight, packed_class
 from fewbits.errors import ExportError, FewbitsError
 from fewbits.layers import quantized_layers
