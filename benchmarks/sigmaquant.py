@@ -4,7 +4,7 @@ ResNet-20 and ResNet-56 start from the public float weights, fine-tuned on the J
 share of the INT8 weight size: mean bits of all weights of convolutions and linear layers, codes alone. Every arm picks
 from the same menu, with 8-bit inputs and 8 bits in the first and the last layer, and gets the same number of training
 steps with the same quantizer, optimizer, learning rate and data: an arm that only plans gets them as one cosine
-schedule; the steps that ``sigma`` trains in its search count, and its found model gets what is left. The search sees
+schedule; what ``sigma`` and ``sigma_fisher`` train in their search counts, and the model that they find gets what is
 part of a held-out tenth of the training set, the test set is read once a finished run.
 
 One JSON line a finished run; finished runs are skipped, and runs that would repeat another's bits take over its result.
@@ -51,7 +51,8 @@ PLANNED: dict[str, dict[str, Any]] = {  # arms that plan, then train once: optio
     "measured": {"method": "solver", "sensitivity": "measured"},
     "sigma_untrained": {"method": "sigma"},
 }
-ARMS = (*PLANNED, "sigma", "mct")
+SEARCHED = ("sigma", "sigma_fisher")  # the paper's, and our hybrid with moves by Fisher information
+ARMS = (*PLANNED, *SEARCHED, "mct")
 DEFAULT_ARMS = tuple(arm for arm in ARMS if arm not in ("mse", "mct"))
 
 
@@ -96,7 +97,7 @@ class Lab(Bench):
         if self.done(key) is not None:
             return
         try:
-            made = self.search(percent, seed) if arm == "sigma" else self.plan_once(arm, percent, seed)
+            made = self.search(arm, percent, seed) if arm in SEARCHED else self.plan_once(arm, percent, seed)
         except FileNotFoundError as error:  # no result: the run stays open
             print(f"{arm} at {percent:g} % left out: {error}", flush=True)
             return
@@ -135,8 +136,7 @@ class Lab(Bench):
         if arm == "random":
             options["seed"] = seed
         if options.get("sensitivity", "mse") != "mse":
-            batches = Batches(self.train, 64, seed=2000 + seed)
-            options |= {"loss": cross_entropy, "batches": [batches.batch(0, i) for i in range(self.args.batches)]}
+            options |= self.judging(seed)
         return fb.allocate(model, fb.Budget(average_bits=0.08 * percent), menu=self.args.menu, **style, **options)
 
     def mct_plan(self, model: nn.Module, percent: float, seed: int) -> tuple[fb.Plan, float]:
@@ -151,7 +151,12 @@ class Lab(Bench):
         problem = Problem(model, model_shape(model), budget, tuple(self.args.menu), Style(**self.style()))
         return problem.plan(found["bits"], "mct"), found["seconds"]
 
-    def search(self, percent: float, seed: int) -> tuple[fb.Plan, nn.Module, int, dict[str, Any]]:
+    def judging(self, seed: int) -> dict[str, Any]:
+        """Return the loss and the training batches that a sensitivity is measured with."""
+        batches = Batches(self.train, 64, seed=2000 + seed)
+        return {"loss": cross_entropy, "batches": [batches.batch(0, i) for i in range(self.args.batches)]}
+
+    def search(self, arm: str, percent: float, seed: int) -> tuple[fb.Plan, nn.Module, int, dict[str, Any]]:
         """Run ``sigma_search``; its training counts into the total.
 
         The floor is the INT8 model's accuracy, which makes the search spend its whole size; the buffer of the size is
@@ -176,6 +181,7 @@ class Lab(Bench):
             self.calibration(seed)[: args.search_batches],
             menu=args.menu,
             style=Style(**self.style()),
+            **(self.judging(seed) if arm == "sigma_fisher" else {}),
             **settings,
         )
         seconds = round(time.perf_counter() - start, 1)
