@@ -5,7 +5,7 @@ share of the INT8 weight size: mean bits of all weights of convolutions and line
 from the same menu, with 8-bit inputs and 8 bits in the first and the last layer, and gets the same number of training
 steps with the same quantizer, optimizer, learning rate and data: an arm that only plans gets them as one cosine
 schedule; what ``sigma`` and ``sigma_fisher`` train in their search counts, and the model that they find gets what is
-part of a held-out tenth of the training set, the test set is read once a finished run.
+left. A search sees part of a held-out tenth of the training set, the test set is read once a finished run.
 
 One JSON line a finished run; finished runs are skipped, and runs that would repeat another's bits take over its result.
 
