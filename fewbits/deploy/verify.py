@@ -17,6 +17,7 @@ from fewbits.errors import ExportError
 from fewbits.layers import call
 
 TIMED_RUNS = 15
+Agreement = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,15 @@ def verify(
     float_onnx: str | Path | None = None,
     threads: int = 1,
     min_agreement: float = 99.0,
-    per_token: bool = False,
+    agreement: Agreement | None = None,
 ) -> VerifyReport:
     """Run an ONNX file beside the packed model on batches of inputs and compare the answers.
 
-    Agreement is that of the argmax over axis 1 of the first output (class scores [N, C, ...]), or, for outputs of
-    one axis, that of the values to 1e-3. per_token: outputs are [N, T, classes], and each of the N * T answers is a
-    sample. With float_onnx the latencies of both are taken alternately, for one sample,
-    on ``threads`` threads. Raises ExportError if the file does not load or run, if an output is not finite where the
-    packed model's is, or if agreement is below min_agreement percent.
+    agreement: (outputs of the file, of the packed model) for one batch -> bool, one a sample; None: the argmax over
+    axis 1 of the first output (class scores [N, C, ...]), or, for outputs of one axis, the values to 1e-3. With
+    float_onnx the latencies of both are taken alternately, for one sample, on ``threads`` threads. Raises ExportError
+    if the file does not load or run, if an output is not finite where the packed model's is, or if less than
+    min_agreement percent of the samples agree.
     """
     run = open_session(path, threads)
     seen, agreeing, differences, first = 0, 0, [], None
@@ -64,24 +65,22 @@ def verify(
             raise ExportError(f"{path}: output shape {got.shape}, the packed model gives {want.shape}")
         if not np.array_equal(np.isfinite(got), np.isfinite(want)):
             raise ExportError(f"{path}: its outputs are NaN or Inf where those of the packed model are not")
-        if per_token:
-            got, want = got.reshape(-1, got.shape[-1]), want.reshape(-1, want.shape[-1])
-        seen += len(want)
-        agreeing += int(_agreement(got, want).sum())
+        same = (agreement or _agreement)(torch.from_numpy(got), torch.from_numpy(want))
+        seen, agreeing = seen + len(same), agreeing + int(same.sum())
         differences.append(np.abs(got - want).reshape(len(want), -1).max(1))
     if first is None:
         raise ExportError("verify needs at least one batch, got none")
-    agreement = 100.0 * agreeing / seen
-    if agreement < min_agreement:
+    share = 100.0 * agreeing / seen
+    if share < min_agreement:
         raise ExportError(
-            f"{path} failed verification: its answers agree with the packed model on {agreement:.2f} % of {seen} "
+            f"{path} failed verification: its answers agree with the packed model on {share:.2f} % of {seen} "
             f"samples, at least {min_agreement:g} % are required; largest difference {max(map(max, differences)):.3g}"
         )
     latency, float_latency = latencies(run, float_onnx, tuple(a[:1] for a in first), threads)
     largest = np.concatenate(differences)
     return VerifyReport(
         samples=seen,
-        top1_agreement=agreement,
+        top1_agreement=share,
         max_abs_diff=float(largest.max()),
         median_abs_diff=float(np.median(largest)),
         file_bytes=Path(path).stat().st_size,
@@ -148,14 +147,12 @@ def _notes(latency: float, float_latency: float | None) -> list[str]:
     return []
 
 
-def _agreement(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _agreement(got: Tensor, want: Tensor) -> Tensor:
     """Tell for each sample whether the answers agree."""
     if want.ndim == 1:
-        close: np.ndarray[Any, Any] = np.isclose(got, want, atol=1e-3)
-        return close
+        return torch.isclose(got, want, atol=1e-3)
     same = (got.argmax(1) == want.argmax(1)).reshape(len(want), -1)
-    agreeing: np.ndarray[Any, Any] = same.mean(1) > 0.999
-    return agreeing
+    return same.float().mean(1) > 0.999
 
 
 def _arguments(batch: Any) -> tuple[Tensor, ...]:

@@ -80,6 +80,7 @@ def write_result(
             "decided_from": dict(plan.decided_from),
         },
         "histograms": histograms(model),
+        "pictures": task.pictures({"float": original, "quantized": model}),
         "budget": {} if recipe.budget is None else recipe.budget.model_dump(exclude_none=True),
         "environment": environment(),
     }

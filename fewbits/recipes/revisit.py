@@ -109,7 +109,7 @@ def reverify(target: Path, onnx: Path | None, threads: int) -> dict[str, Any]:
         float_onnx=float_path if float_path.is_file() else None,
         threads=threads,
         min_agreement=run.export.min_agreement,
-        per_token=run.task.per_token,
+        agreement=run.task.agreement,
     )
     mismatches = code_mismatches(run.trained(), packed) if run.folder.done("train") else None
     if mismatches:

@@ -17,7 +17,7 @@ from torch import nn
 
 from fewbits.deploy import align_biases, code_mismatches, load, pack, save, verify
 from fewbits.deploy.onnx_export import export_float, export_onnx
-from fewbits.deploy.verify import open_session
+from fewbits.deploy.verify import Agreement, open_session
 from fewbits.errors import ExportError
 from fewbits.layers import calibrate, quantize
 from fewbits.plan import Plan
@@ -139,7 +139,7 @@ class _Run:
         path = self.folder / "model.safetensors"
         size = save(pack(self.model, self.task.sample(2)), path)
         packed = load(path, copy.deepcopy(original))
-        compared = Compared()
+        compared = Compared(self.task.agreement)
         pairs = compared.watch(*(self.answers(model) for model in (self.model, pack(self.model), packed)))
         return {
             "metrics": self.task.score(pairs, self.task.test),
@@ -171,7 +171,7 @@ class _Run:
             float_onnx=float_path,
             threads=given.threads,
             min_agreement=0,
-            per_token=self.task.per_token,
+            agreement=self.task.agreement,
         )
         return {
             "metrics": onnx_metrics(path, self.task, size, given.threads),
@@ -216,7 +216,8 @@ class _Run:
 class Compared:
     """What is seen of the outputs of a trained model, of its packed form, and of that with folded norms."""
 
-    def __init__(self) -> None:
+    def __init__(self, agreement: Agreement) -> None:
+        self.agreement = agreement
         self.bit_equal, self.max_abs_diff, self.agreeing, self.count = True, 0.0, 0, 0
 
     def watch(self, trained: Iterator[Pair], packed: Iterator[Pair], folded: Iterator[Pair]) -> Iterator[Pair]:
@@ -224,8 +225,8 @@ class Compared:
         for (want, _), (exact, _), (got, right) in zip(trained, packed, folded, strict=True):
             self.bit_equal &= torch.equal(want, exact)
             self.max_abs_diff = max(self.max_abs_diff, float((got - want).abs().max()))
-            same = got.argmax(-1) == want.argmax(-1)
-            self.agreeing, self.count = self.agreeing + int(same.sum()), self.count + same.numel()
+            same = self.agreement(got, want)
+            self.agreeing, self.count = self.agreeing + int(same.sum()), self.count + len(same)
             yield got, right
 
 

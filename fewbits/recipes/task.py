@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -38,14 +38,12 @@ class Task(abc.ABC, Generic[E]):
     train: what is trained on. validation: held out of it, None if nothing is. test: for final numbers only. notes:
     what a reader of the results must know of them.
     headline: the metric that is told first. accuracy: the one that a floor of the accuracy means, in percent. shown:
-    inputs on which output errors are measured. per_token: outputs are [B, T, classes], and each of the T answers
-    counts. classes: names of what is told apart, where there are some.
+    inputs on which output errors are measured. classes: names of what is told apart, where there are some.
     """
 
     headline: ClassVar[str]
     accuracy: ClassVar[str]
     shown: ClassVar[int]
-    per_token: ClassVar[bool] = False
 
     train: E
     validation: E | None
@@ -80,6 +78,14 @@ class Task(abc.ABC, Generic[E]):
     @abc.abstractmethod
     def some(self, count: int, batch_size: int, seed: int) -> Iterator[Pair]:
         """Iterate over batches of a representative choice of the training examples."""
+
+    def agreement(self, got: Tensor, want: Tensor) -> Tensor:
+        """Tell for each answer of a batch whether two outputs agree, bool [answers]: here, scores on the last axis."""
+        return (got.argmax(-1) == want.argmax(-1)).flatten()
+
+    def pictures(self, forms: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
+        """Return test examples with what each form of the model makes of them, as the report shows them."""
+        return []
 
     def evaluate(self, model: Answer, examples: E, batch_size: int) -> dict[str, Any]:
         """Return the metrics of a model, or of any callable from inputs to outputs."""

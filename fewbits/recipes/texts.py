@@ -31,7 +31,6 @@ class Texts(Task[TextExamples]):
     headline: ClassVar[str] = "perplexity"
     accuracy: ClassVar[str] = "token_accuracy"
     shown: ClassVar[int] = 4
-    per_token: ClassVar[bool] = True
 
     tokenizer: Tokenizer = field(default_factory=ByteTokenizer)
 
