@@ -33,6 +33,7 @@ ARMS: dict[str, Arm] = {
     "fewbits-denoise": partial(fewbits_arm, quantizer="denoise", act_quantizer="denoise"),
     "fewbits-denoise-mask": partial(fewbits_arm, quantizer="masked", act_quantizer="masked"),
     "fewbits-denoise-weights": partial(fewbits_arm, quantizer="denoise"),
+    "fewbits-ste-denoise-inputs": partial(fewbits_arm, quantizer="ste", act_quantizer="denoise"),
     "fewbits-ste-dynamic": partial(fewbits_arm, quantizer="ste", act_quantizer="dynamic"),
     "brevitas": partial(brevitas_arm, learned=False),
     "brevitas-learned": partial(brevitas_arm, learned=True),
