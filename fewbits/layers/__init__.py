@@ -1,9 +1,14 @@
 """Quantized twins of layers, and swapping them in and out."""
 
 from fewbits.layers import attention, twins
+from fewbits.layers.balance import balance_fusion, remove_fusion
 from fewbits.layers.base import QuantizedLayer, activation_quantizers, quantizes, twin_class
 from fewbits.layers.ends import open_ends
+from fewbits.layers.fusion import BalancedFusion, FusionSettings, fusion_nodes
+from fewbits.layers.fusion_control import freeze_fusion, fusion_numbers, update_fusion
+from fewbits.layers.fusion_sites import FusionSite, find_sites
 from fewbits.layers.intercept import register_attention, wrap_owners
+from fewbits.layers.settle import reestimate_batch_norms, settle_fusion
 from fewbits.layers.swap import (
     calibrate,
     call,
@@ -21,7 +26,9 @@ from fewbits.layers.swap import (
 from fewbits.layers.watch import Watch
 
 __all__ = [
-    "QuantizedLayer", "Watch", "activation_quantizers", "attention", "calibrate", "call", "dequantize", "describe",
-    "float_class", "in_eval", "open_ends", "print_table", "quantizable", "quantize", "quantized_layers", "quantizes",
-    "register_attention", "report_layers", "set_mode", "twin_class", "twins", "wrap_owners",
+    "BalancedFusion", "FusionSettings", "FusionSite", "QuantizedLayer", "Watch", "activation_quantizers", "attention",
+    "balance_fusion", "calibrate", "call", "dequantize", "describe", "find_sites", "float_class", "freeze_fusion",
+    "fusion_nodes", "fusion_numbers", "in_eval", "open_ends", "print_table", "quantizable", "quantize",
+    "quantized_layers", "quantizes", "reestimate_batch_norms", "register_attention", "remove_fusion", "report_layers",
+    "set_mode", "settle_fusion", "twin_class", "twins", "update_fusion", "wrap_owners",
 ]  # fmt: skip
