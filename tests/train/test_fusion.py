@@ -1,0 +1,55 @@
+"""The control loop inside ``fit``: one update a step, frozen at the end, logged, resumed, the same on all processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewbits.errors import TrainingError
+from fewbits.layers import fusion_nodes
+from fewbits.train import BalanceFusion, Batches, FitConfig, fit
+
+from . import fusion_workers, workers
+
+
+def test_the_loop_logs_moves_freezes_and_resumes_to_the_bit(tmp_path: Path) -> None:
+    whole = fusion_workers.train(tmp_path / "whole")
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "fusion/cat0/log_ratio" in line]
+    assert len(logged) == 20
+    gains = [line["fusion/cat0/gain_deep"] for line in logged]
+    assert len(set(gains[:18])) == 18 and len(set(gains[17:])) == 1  # step 18 of 20 is the first that is frozen
+    assert len({line["fusion/cat0/log_ratio"] for line in logged}) == 20
+    (node,) = fusion_nodes(whole).values()
+    assert node.frozen and node.log_ratio() == pytest.approx(logged[-1]["fusion/cat0/log_ratio"])
+
+    with pytest.raises(KeyboardInterrupt):
+        fusion_workers.train(tmp_path / "cut", stop_at=11)
+    again = fusion_workers.train(tmp_path / "cut", resume=True)
+    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    for name, value in whole.state_dict().items():
+        other = again.state_dict()[name]
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+
+
+def test_two_processes_hold_the_gains_of_one(tmp_path: Path, warm_server: None) -> None:
+    port = workers.free_port()
+    ranks = [workers.start(fusion_workers.train_rank, rank, 2, port, tmp_path) for rank in range(2)]
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    (node,) = fusion_nodes(fusion_workers.train(None)).values()
+    assert torch.equal(first, second) and float(first.abs().max()) > 0.01
+    torch.testing.assert_close(first, node.lam, rtol=1e-3, atol=1e-5)
+
+
+def test_there_must_be_something_to_control() -> None:
+    model, config = fusion_workers.Fused(), FitConfig(max_steps=1, accelerator="cpu", progress=False)
+    with pytest.raises(TrainingError, match="no balanced fusion node"):
+        fit(model, Batches(fusion_workers.Scenes(), 8), fusion_workers.loss, config, hooks=[BalanceFusion()])
+    with pytest.raises(TrainingError, match="freeze_at is a share"):
+        BalanceFusion(freeze_at=90)
