@@ -73,6 +73,10 @@ class Quantizer(nn.Module):
         """Return the integer codes of x. Raises QuantizationError on NaN or Inf."""
         raise NotImplementedError
 
+    def step(self) -> Tensor | None:
+        """Return the distance of neighbouring levels in units of the input, [G], detached; None where it varies."""
+        return None
+
     def pruned(self, x: Tensor) -> Tensor | None:
         """Return where the plan's sparsity makes x zero, bool of the shape of x; None where the plan is dense."""
         pattern = self.plan.pattern

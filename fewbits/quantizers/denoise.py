@@ -27,9 +27,9 @@ class Denoise(Dynamic):
     least as long as the axis is one row a token, or one a weight's output channel. Options:
 
     lam: the ridge penalty, above 0; 0.01 is the paper's value for every bit width. range: what a block spans before
-    rounding: "minmax" (affine), "absmax" (linear), or "absmean", the mean magnitude, about the mean where affine. That
-    one is for one bit, and for ternary (linear; BitNet b1.58's range); the gain a / s of its gradient is about 1, that
-    of the others 0.3 at one bit. odd: the linear grid {.., -3, -1, 1, 3, ..}, whose steps of 2 make lam weigh a
+    rounding: "minmax" (affine), "absmax" (linear), or "absmean" (up to 4 bits). That one takes its step from the mean
+    magnitude: about the mean, the best step for a normal distribution, where affine; BitNet b1.58's for ternary
+    (linear). The gain a / s of its gradient is about 1, that of the others 0.3 at one bit. odd: the linear grid {.., -3, -1, 1, 3, ..}, whose steps of 2 make lam weigh a
     quarter. detach_range: no gradient through the range. gradient: "denoise"; "gain", the slope detached; "ste", the
     same forward with an identity backward. clip, for "absmean", which alone clips: "noise", an error like that of
     rounding; "mask" (ours), no gradient through the codes of what lies beyond the cells of the outermost ones.
@@ -61,9 +61,10 @@ class Denoise(Dynamic):
         if odd and not plan.symmetric:
             raise PlanError("an odd grid has no offset: use symmetric=True with odd=True")
         grid = make_grid(plan.bits, symmetric=plan.symmetric, narrow=True, odd=odd)
-        if range == "absmean" and grid.highest > 1:
+        if range == "absmean" and (plan.bits > 4 or (plan.symmetric and grid.highest > 1)):
             raise PlanError(
-                f"range='absmean' clips at the mean: it is for 1 bit and ternary (2), got bits={plan.bits}, odd={odd}"
+                "range='absmean' is for up to 4 bits where affine, for 1 bit and ternary (2) where symmetric; got "
+                f"bits={plan.bits}, symmetric={plan.symmetric}, odd={odd}"
             )
         if clip not in CLIPS or (clip == "mask" and (range != "absmean" or gradient == "ste")):
             raise PlanError(

@@ -24,6 +24,7 @@ from torch.linalg import vecdot
 
 from fewbits.quantizers.codes import Grid
 from fewbits.quantizers.dynamic import (
+    BEST_STEP,
     HUGE,
     Fit,
     Rule,
@@ -73,8 +74,8 @@ def denoise(
         step = ((high - low) / grid.highest).clamp(min=TINY)
         if absmean:
             mean = x.mean(1, keepdim=True)
-            step = (2 * (x - mean).abs().mean(1, keepdim=True)).clamp(min=TINY)
-            low = mean - step / 2
+            step = (BEST_STEP[grid.bits] * (x - mean).abs().mean(1, keepdim=True)).clamp(min=TINY)
+            low = mean - step * grid.highest / 2
         low, step = (low.detach(), step.detach()) if detach_range else (low, step)
         f = (x - low) / step
         if mask_clipped:
@@ -151,7 +152,7 @@ class Ridge(Rule):
         n = x.shape[-1]
         low = mean_f = mean_q = None
         if self.affine:
-            f, step, low = spread_around_mean(x) if self.absmean else spread(x, self.grid)
+            f, step, low = spread_around_mean(x, self.grid) if self.absmean else spread(x, self.grid)
             q = f.round().clamp_(0, self.grid.highest) if self.absmean else f.round()
             mean_f, mean_q = f.mean(-1, keepdim=True), q.mean(-1, keepdim=True)
             q.sub_(mean_q)
@@ -204,10 +205,11 @@ class Ridge(Rule):
 
     def _add_range(self, v: Tensor, x: Tensor, pruned: Tensor | None, gradient: Tensor) -> Tensor:
         """Add dL/ds_f ds_f/dx to v, in place. Values that are the largest alike share its gradient."""
-        share = gradient / self.grid.highest
         if self.affine and self.absmean:
             sign = (x - x.mean(-1, keepdim=True)).sign_()
-            return v.addcmul_(sign.sub_(sign.mean(-1, keepdim=True)), share * (2 / x.shape[-1]))
+            sign.sub_(sign.mean(-1, keepdim=True))
+            return v.addcmul_(sign, gradient * (BEST_STEP[self.grid.bits] / x.shape[-1]))
+        share = gradient / self.grid.highest
         if self.affine:
             v.addcmul_(at_end(x.amax(-1, keepdim=True) - x), share)
             return v.addcmul_(at_end(x - x.amin(-1, keepdim=True)), -share)

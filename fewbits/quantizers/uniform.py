@@ -105,9 +105,12 @@ class Uniform(Quantizer):
             bounds = torch.stack([low, high])
             scale, zero = from_bounds(low, high, self.grid, self.plan.symmetric)
         self._bounds = bounds
-        self.scale.copy_(scale)
+        self._set_scale(scale)
         if self.zero_point is not None:
             self.zero_point.copy_(zero)
+
+    def _set_scale(self, scale: Tensor) -> None:
+        self.scale.copy_(scale)
 
     def _span(self, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Return the values of the lowest and the highest code, [2, G]."""
@@ -137,14 +140,15 @@ class Uniform(Quantizer):
             zero = rounded.detach() + (zero - zero.detach()) if zero.requires_grad else rounded  # exactly rounded
         return scale, zero
 
+    def step(self) -> Tensor:
+        """Return the distance of neighbouring levels, [G], detached."""
+        return self.affine()[0].detach() * self.grid.step
+
     def forward(self, x: Tensor) -> Tensor:
         """Return x fake-quantized. The first tensor seen in training sets the range."""
         if not x.numel():
             return x
-        if not self.calibrated:
-            if not self.training:
-                self.require_range()
-            self.calibrate(x.detach())
+        self.ensure_range(x)
         scale, zero = self.affine(x.dtype)
         parts = self.grouping.rows(x)
         scales = self.grouping.split(scale, parts)
@@ -157,6 +161,13 @@ class Uniform(Quantizer):
         y = self.grouping.merge(rows, x.shape)
         remember(y, FakeQuantize, rows[0])
         return y
+
+    def ensure_range(self, x: Tensor) -> None:
+        """Take the range from x where there is none; in eval mode raise QuantizationError instead."""
+        if not self.calibrated:
+            if not self.training:
+                self.require_range()
+            self.calibrate(x.detach())
 
     @property
     def reach(self) -> float:

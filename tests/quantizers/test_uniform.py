@@ -93,11 +93,12 @@ def options_of(name: str, symmetric: bool, bits: int) -> st.SearchStrategy[dict[
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    name = draw(st.sampled_from(("ste", "lsq", "lsq+", "denoise", "dynamic", "bitnet", "paretoq")))
-    bits = draw(st.sampled_from({"bitnet": (1, 2), "paretoq": (1,)}.get(name, ACTIVATION_BITS)))
+    name = draw(st.sampled_from(("ste", "lsq", "lsq+", "denoise", "dynamic", "bitnet", "paretoq", "pact", "n2uq")))
+    widths = {"bitnet": (1, 2), "paretoq": (1,), "pact": (2, 3, 4, 8, 16), "n2uq": (2, 3, 4, 8)}
+    bits = draw(st.sampled_from(widths.get(name, ACTIVATION_BITS)))
     symmetric = name in ("bitnet", "paretoq") or (name != "lsq+" and draw(st.booleans()))
     shape = tuple(draw(st.lists(st.integers(1, 8), min_size=1, max_size=4)))
-    granularity = draw(st.sampled_from(("tensor", "channel", "block", "head")))
+    granularity = "tensor" if name == "n2uq" else draw(st.sampled_from(("tensor", "channel", "block", "head")))
     block = draw(st.integers(1, 9)) if granularity == "block" else None
     axis, contraction = draw(st.integers(0, len(shape) - 1)), draw(st.integers(-1, len(shape) - 1))
     groups = [m for m in range(2, 9) if shape[contraction] % m == 0 and (block or m) % m == 0]
@@ -119,6 +120,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(plan, x, axis, contraction, how)
 
 
+@pytest.mark.filterwarnings("ignore:.*unsigned 'pact'")
 @settings(max_examples=250)
 @given(cases())
 def test_decode_of_encode_is_forward(case: Case) -> None:
