@@ -71,7 +71,7 @@ def _listed(names: Path, found: Mapping[str, Path], folder: Path) -> list[str]:
     try:
         listed = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the list of images {str(names)!r}: {error}; correct list=") from error
+        raise DataError(f"cannot read the list of images {str(names)!r}: {error}; correct names=") from error
     stems = [Path(name).stem if Path(name).suffix.lower() in SUFFIXES else Path(name).name for name in listed]
     for name, stem in zip(listed, stems):
         if stem not in found:

@@ -71,7 +71,7 @@ def digits(path: Path | None, split: Split) -> ImageExamples:
 
 def cifar10(path: Path | None, split: Split) -> ImageExamples:
     """CIFAR-10, 3x32x32: the official Python or binary batches, or a zip of images a split."""
-    folder = _folder(path, "cifar10_jpeg")
+    folder = data_folder(path, "cifar10_jpeg")
     batches = [f"data_batch_{k}" for k in range(1, 6)] if split == "train" else ["test_batch"]
     for base in (folder, folder / "cifar-10-batches-bin", folder / "cifar-10-batches-py"):
         if (base / f"{batches[0]}.bin").is_file():
@@ -89,13 +89,13 @@ def cifar10_lossless(path: Path | None, split: Split) -> ImageExamples:
     """Lossless CIFAR-10 training images, for calibration: PNG mosaics with CSV labels. No test split."""
     if split == "test":
         raise DataError("'cifar10_lossless' holds training images only; measure accuracy on 'cifar10'")
-    images, labels = read_mosaics(_folder(path, "cifar10_lossless_train"))
+    images, labels = read_mosaics(data_folder(path, "cifar10_lossless_train"))
     return _train_augmented(split, images=images, labels=labels, classes=CIFAR10_CLASSES, **IMAGENET)
 
 
 def fashion_mnist(path: Path | None, split: Split) -> ImageExamples:
     """Fashion-MNIST, 1x28x28: torchvision's folder of idx files, or a zip of images a split."""
-    folder = _folder(path, "fashion_mnist")
+    folder = data_folder(path, "fashion_mnist")
     for root in (folder, folder.parent):
         if (root / "FashionMNIST" / "raw").is_dir():
             images, labels = _torchvision("FashionMNIST", root, split)
@@ -109,7 +109,7 @@ def imagefolder(path: Path | None, split: Split) -> FolderExamples:
     """Any ``train|val|test/<class>/<image>`` tree, read lazily; the classes are those of train/."""
     if path is None:
         raise DataError("'imagefolder' needs path=, a folder with train/ and val/ or test/")
-    folder = _folder(path, "")
+    folder = data_folder(path, "")
     known = {name: folder / name for name in ("train", "test", "val") if (folder / name).is_dir()}
     wanted = [known[name] for name in (("train",) if split == "train" else ("test", "val")) if name in known]
     if not wanted:
@@ -133,7 +133,7 @@ def _train_augmented(split: Split, **fields: Any) -> ImageExamples:
     return ImageExamples(**fields, crop_padding=4 if split == "train" else 0, flip=split == "train")
 
 
-def _folder(path: Path | None, shared_name: str) -> Path:
+def data_folder(path: Path | None, shared_name: str) -> Path:
     """Return the folder to read. Raises DataError where it is missing or empty."""
     if path is None:
         shared = shared_data_dir()
