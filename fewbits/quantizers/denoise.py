@@ -29,10 +29,11 @@ class Denoise(Dynamic):
     lam: the ridge penalty, above 0; 0.01 is the paper's value for every bit width. range: what a block spans before
     rounding: "minmax" (affine), "absmax" (linear), or "absmean" (up to 4 bits). That one takes its step from the mean
     magnitude: about the mean, the best step for a normal distribution, where affine; BitNet b1.58's for ternary
-    (linear). The gain a / s of its gradient is about 1, that of the others 0.3 at one bit. odd: the linear grid {.., -3, -1, 1, 3, ..}, whose steps of 2 make lam weigh a
-    quarter. detach_range: no gradient through the range. gradient: "denoise"; "gain", the slope detached; "ste", the
-    same forward with an identity backward. clip, for "absmean", which alone clips: "noise", an error like that of
-    rounding; "mask" (ours), no gradient through the codes of what lies beyond the cells of the outermost ones.
+    (linear). The gain a / s of its gradient is about 1, that of the others 0.3 at one bit. odd: the linear grid {..,
+    -3, -1, 1, 3, ..}, whose steps of 2 make lam weigh a quarter. detach_range: no gradient through the range.
+    gradient: "denoise"; "gain", the slope detached; "ste", the same forward with an identity backward. clip, for
+    "absmean", which alone clips: "noise", an error like that of rounding; "mask" (ours), no gradient through the
+    codes of what lies beyond the cells of the outermost ones.
     """
 
     def __init__(

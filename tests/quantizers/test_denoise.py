@@ -47,6 +47,8 @@ TABLE = {  # relative error on blocks of 128 with lam = 0.01, a column of the sp
     "1 bit sign": (1, {}, {"Gaussian": 0.365, "Laplace": 0.500, "GELU": 0.772, "outlier": 0.787}),
     "2 bit affine": (2, {"symmetric": False}, {"Gaussian": 0.197, "Laplace": 0.282, "GELU": 0.094, "outlier": 0.392}),
     "4 bit affine": (4, {"symmetric": False}, {"Gaussian": 0.010, "Laplace": 0.017, "GELU": 0.007, "outlier": 0.043}),
+    "2 bit affine about the mean": (2, {"symmetric": False, "range": "absmean"}, {"Gaussian": 0.1188}),  # Max 1960,
+    "3 bit affine about the mean": (3, {"symmetric": False, "range": "absmean"}, {"Gaussian": 0.0374}),  # table II
     "ternary absmax": (2, {}, {"Gaussian": 0.459, "Laplace": 0.536, "GELU": 0.494, "outlier": 0.484}),
     "ternary absmean": (
         2,
@@ -110,7 +112,6 @@ def test_grids(bits: int, fields: dict[str, Any], grid: list[int]) -> None:
         ({"lam": "0.01"}, "lam must be a number above 0"),
         ({"gradient": "gian"}, "gradient must be one of"),
         ({"range": "minmax"}, r"range must be one of \('absmax', 'absmean'\)"),
-        ({"range": "absmean", "symmetric": False}, "absmean.*got bits=4"),
         ({"range": "absmax", "symmetric": False}, r"range must be one of \('minmax', 'absmean'\)"),
         ({"range": "absmean"}, "absmean.*got bits=4"),
         ({"clip": "mask"}, "clip must be one of.*got clip='mask', range='absmax'"),
@@ -122,6 +123,11 @@ def test_grids(bits: int, fields: dict[str, Any], grid: list[int]) -> None:
 def test_options_that_make_no_sense(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         build(4, (3, 128), **fields)
+
+
+def test_the_range_by_the_mean_magnitude_is_for_few_bits() -> None:
+    with pytest.raises(PlanError, match="up to 4 bits where affine.*got bits=5, symmetric=False"):
+        build(5, (3, 128), symmetric=False, range="absmean")
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])

@@ -72,7 +72,7 @@ def test_the_closed_form_solves_the_normal_equations(mode: str, bits: int) -> No
 def test_value_and_gradient_are_those_of_plain_autograd(
     mode: str, bits: int, detach_range: bool, gradient: str
 ) -> None:
-    widest = {"affine": 1, "linear": 2, "sparse": 2}.get(mode, 0)  # that the mean magnitude is for
+    widest = {"affine": 4, "linear": 2, "sparse": 2}.get(mode, 0)  # that the mean magnitude is for
     for absmean, mask in ((False, False), (True, False), (True, True))[: 3 if bits <= widest else 1]:
         options = {"detach_range": detach_range, "gradient": gradient, "absmean": absmean, "mask_clipped": mask}
         rule, where = made(mode, bits, **options)
