@@ -1,0 +1,170 @@
+"""From a detector's outputs to detections, COCO's metric of them, and whether two models detect the same."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.errors import DataError
+from fewbits.layers import in_eval
+from fewbits.tasks.data import Batch
+from fewbits.tasks.detection import DetectionExamples
+
+LEAST_SCORE = 0.01
+OVERLAP = 0.6  # IoU above which the weaker of two boxes of a class goes
+MOST = 100  # detections an image, as in COCO
+BEFORE = 1000  # of the best that are looked at, an image
+SEEN = 0.25  # score from which on a detection is drawn, and must agree
+CLOSE = 1e-2  # pixels by which corners may differ and agree
+STATS = ("map", "map50", "map75", "map_small", "map_medium", "map_large")  # the first six of pycocotools
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found on one image, best first: boxes [N, 4], corners in pixels; scores [N]; labels int64 [N]."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    def above(self, score: float) -> Detections:
+        """Return those of at least this score."""
+        keep = self.scores >= score
+        return Detections(self.boxes[keep], self.scores[keep], self.labels[keep])
+
+
+def detections(outputs: Tensor) -> list[Detections]:
+    """Return the detections of a batch of outputs [B, points, 4 + classes], after non-maximum suppression by class.
+
+    Raises DataError for an output that is not finite.
+    """
+    if not bool(outputs.isfinite().all()):
+        raise DataError("the detector's outputs are not finite; train it with a lower lr, or calibrate it again")
+    return [_suppressed(image[:, :4].float(), image[:, 4:].float()) for image in outputs]
+
+
+def _suppressed(boxes: Tensor, scores: Tensor) -> Detections:
+    from torchvision.ops import batched_nms
+
+    points, labels = (scores > LEAST_SCORE).nonzero(as_tuple=True)
+    best = scores[points, labels].sort(descending=True, stable=True).indices[:BEFORE]
+    points, labels = points[best], labels[best]
+    kept = batched_nms(boxes[points], scores[points, labels], labels, OVERLAP)[:MOST]
+    return Detections(boxes[points[kept]], scores[points[kept], labels[kept]], labels[kept])
+
+
+def predict(model: Callable[[Tensor], Tensor], examples: DetectionExamples, batch_size: int) -> Iterator[Batch]:
+    """Yield (outputs [B, points, 4 + classes], targets) of all examples in order, on the CPU.
+
+    model: a module, which runs in eval mode where its parameters are, or any callable. Raises DataError where the
+    outputs are not those of a detector of the examples' classes.
+    """
+    device = next((p.device for p in model.parameters()), "cpu") if isinstance(model, nn.Module) else "cpu"
+    width = 4 + len(examples.classes)
+    for images, targets in examples.batches(batch_size):
+        with in_eval(model) if isinstance(model, nn.Module) else contextlib.nullcontext(), torch.no_grad():
+            outputs = model(images.to(device)).to("cpu", torch.float32)
+        if outputs.ndim != 3 or outputs.shape[-1] != width:
+            raise DataError(f"expected outputs [batch, points, {width}] of a detector, got {list(outputs.shape)}")
+        yield outputs, targets
+
+
+def score(outputs: Iterable[Tensor], examples: DetectionExamples) -> dict[str, Any]:
+    """Return COCO's average precision of outputs in the order of the examples, in percent.
+
+    map: mean over IoU 0.5 to 0.95 and classes; map50, map75: at one IoU; map_small, map_medium, map_large: of objects
+    below 32^2, below 96^2 and above, in pixels of the image before scaling; None where there are none. per_class: map
+    by the name of the class.
+    """
+    found = [found for batch in outputs for found in detections(batch)]
+    return coco_map(found, examples)
+
+
+def coco_map(found: Sequence[Detections], examples: DetectionExamples) -> dict[str, Any]:
+    """Return the metrics of ``score`` for detections on all examples, in pixels of the scaled images."""
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        truth, results = _coco(examples, _truth(examples)), _coco(examples, _results(found, examples))
+        evaluation = COCOeval(truth, results, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    by_class = torch.from_numpy(evaluation.eval["precision"])[:, :, :, 0, -1]  # IoU, recall, class; all sizes, 100
+    per_class = {name: _mean(by_class[:, :, i]) for i, name in enumerate(examples.classes)}
+    return {**{name: _percent(value) for name, value in zip(STATS, evaluation.stats)}, "per_class": per_class}
+
+
+def same_detections(got: Tensor, want: Tensor) -> Tensor:
+    """Tell for each detection of two batches of outputs whether the other has it, too, bool [detections].
+
+    Detections of a score of ``SEEN`` or more count, those of whichever output has more; they agree in class, and in
+    corners to ``CLOSE`` pixels. An image on which neither sees anything counts as one that agrees.
+    """
+    return torch.cat([_same(*pair) for pair in zip(detections(got), detections(want))])
+
+
+def _same(got: Detections, want: Detections) -> Tensor:
+    got, want = got.above(SEEN), want.above(SEEN)
+    count = max(len(got.labels), len(want.labels))
+    if count == 0:
+        return torch.ones(1, dtype=torch.bool)
+    near = (got.boxes[:, None] - want.boxes[None]).abs().amax(-1) <= CLOSE
+    pairs = near & (got.labels[:, None] == want.labels[None])
+    agreeing = min(int(pairs.any(1).sum()), int(pairs.any(0).sum()))
+    return torch.arange(count) < agreeing
+
+
+def _coco(examples: DetectionExamples, annotations: list[dict[str, Any]]) -> Any:
+    from pycocotools.coco import COCO
+
+    coco = COCO()
+    sizes = enumerate(examples.sizes.tolist())
+    coco.dataset = {
+        "images": [{"id": i, "height": height, "width": width} for i, (height, width) in sizes],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(examples.classes)],
+        "annotations": [{"id": i, **a} for i, a in enumerate(annotations, 1)],
+    }
+    coco.createIndex()
+    return coco
+
+
+def _truth(examples: DetectionExamples) -> list[dict[str, Any]]:
+    return [
+        {**_annotation(image, corners, label), "iscrowd": int(crowd), "area": area}
+        for image, o in enumerate(examples.objects)
+        for corners, label, crowd, area in zip(o.boxes.tolist(), o.labels.tolist(), o.crowd.tolist(), o.areas.tolist())
+    ]
+
+
+def _results(found: Sequence[Detections], examples: DetectionExamples) -> list[dict[str, Any]]:
+    if len(found) != len(examples):
+        raise DataError(f"got the detections of {len(found)} images for {len(examples)} examples")
+    results = []
+    for image, (one, scale, size) in enumerate(zip(found, examples.scales, examples.sizes)):
+        limit = size.flip(0).repeat(2).float()
+        boxes = torch.minimum((one.boxes * scale).clamp(min=0), limit).tolist()
+        for corners, label, value in zip(boxes, one.labels.tolist(), one.scores.tolist()):
+            given = _annotation(image, corners, label)
+            results.append({**given, "score": value, "area": given["bbox"][2] * given["bbox"][3], "iscrowd": 0})
+    return results
+
+
+def _annotation(image: int, corners: Sequence[float], label: int) -> dict[str, Any]:
+    x1, y1, x2, y2 = corners
+    return {"image_id": image, "category_id": label, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+
+
+def _percent(value: float) -> float | None:
+    return None if value < 0 else 100 * float(value)  # pycocotools says -1 where there is nothing to find
+
+
+def _mean(precision: Tensor) -> float | None:
+    known = precision[precision >= 0]
+    return 100 * float(known.mean()) if len(known) else None
