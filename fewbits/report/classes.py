@@ -162,4 +162,5 @@ def _matrix(title: str, rows: list[list[float]], result: Result) -> Matrix:
 def _cell(x: int, y: int, count: float, of: float, what: str) -> Cell:
     tip = f"{what}\n{text.number(count)} of {text.number(of)}"
     # the root makes the few errors visible beside the many right answers
-    return Cell(x, y, (count / of) ** (1 / 3), text.number(count), tip)
+    written = text.count(count) if count >= 10_000 else text.number(count)  # a cell has room for five characters
+    return Cell(x, y, (count / of) ** (1 / 3), written, tip)

@@ -172,6 +172,27 @@ class Hardware(Part):
     layers: list[HardwareLayer] = []
 
 
+class Tile(Part):
+    """One picture as a data URI, and what it shows."""
+
+    caption: str
+    image: str = Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+$")
+
+
+class LegendEntry(Part):
+    """What a colour in the pictures stands for."""
+
+    name: str
+    colour: str = Field(pattern=r"^#[0-9a-f]{6}$")
+
+
+class Pictures(Part):
+    """One example: the tiles that stand side by side, and what their colours mean."""
+
+    tiles: list[Tile]
+    legend: list[LegendEntry] = []
+
+
 class Result(Part):
     """The whole file."""
 
@@ -187,6 +208,7 @@ class Result(Part):
     size: dict[str, float | None] | None = None
     plan: PlanPart | None = None
     histograms: dict[str, Histogram] | None = None
+    pictures: list[Pictures] = []
     budget: dict[str, Any] | None = None
     environment: dict[str, Any] | None = None
     search: Search | None = None

@@ -9,7 +9,7 @@ from fewbits.report.schema import Measured, Result
 
 AGREEMENT_GOAL = 99.9  # percent of samples on which a runtime should give the packed model's answer
 
-NOUNS = {"classification": "images", "language": "tokens"}  # what an answer is about
+NOUNS = {"classification": "images", "language": "tokens", "segmentation": "pixels"}  # what an answer is about
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,11 @@ METRICS = {
     "loss": Metric("loss", "", False),
     "perplexity": Metric("perplexity", "", False),
     "bits_per_byte": Metric("bits a byte", "", False),
+    "miou": Metric("mIoU", "%", True),
+    "dice": Metric("Dice", "%", True),
+    "dice_images": Metric("Dice of an image", "%", True),
+    "boundary_f1": Metric("boundary F1", "%", True),
+    "pixel_accuracy": Metric("pixel accuracy", "%", True),
     "token_accuracy": Metric("next-token accuracy", "%", True),
 }
 
