@@ -81,6 +81,8 @@ def layer_plan(arm: str, a: int, w: int, block: int, sparsity: str | None = None
             TensorPlan(w, "lsq", granularity="block", block=block, sparsity=s),
             masked(a, block),
         ),
+        "denoise-mask-inputs": lambda: (at_mean(w, block, s), masked(a, block)),
+        "ste-denoise-mask": lambda: (dynamic(w, block, True, s), masked(a, block)),
         "denoise-detached": lambda: (denoise(w, block, s, detach_range=True), denoise(a, block, detach_range=True)),
         "gain-only": lambda: (denoise(w, block, s, gradient="gain"), denoise(a, block, gradient="gain")),
         "ste-ridge": lambda: (denoise(w, block, s, gradient="ste"), denoise(a, block, gradient="ste")),
@@ -104,7 +106,7 @@ def layer_plan(arm: str, a: int, w: int, block: int, sparsity: str | None = None
 
 ARMS = (
     "float", "denoise", "denoise-mask", "denoise-mask-gain", "denoise-mean", "denoise-mean-gain", "denoise-linear",
-    "gain-only", "lsq-denoise-mask", "ste-ridge", "ste-affine", "ste-linear", "bitnet", "paretoq", "lsq",
+    "denoise-mask-inputs", "gain-only", "lsq-denoise-mask", "ste-denoise-mask", "ste-ridge", "ste-affine", "ste-linear", "bitnet", "paretoq", "lsq",
 )  # fmt: skip
 
 
