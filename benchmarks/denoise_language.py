@@ -106,7 +106,8 @@ def layer_plan(arm: str, a: int, w: int, block: int, sparsity: str | None = None
 
 ARMS = (
     "float", "denoise", "denoise-mask", "denoise-mask-gain", "denoise-mean", "denoise-mean-gain", "denoise-linear",
-    "denoise-mask-inputs", "gain-only", "lsq-denoise-mask", "ste-denoise-mask", "ste-ridge", "ste-affine", "ste-linear", "bitnet", "paretoq", "lsq",
+    "denoise-mask-inputs", "gain-only", "lsq-denoise-mask", "ste-denoise-mask", "ste-ridge", "ste-affine", "ste-linear",
+    "bitnet", "paretoq", "lsq",
 )  # fmt: skip
 
 
