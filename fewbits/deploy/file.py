@@ -74,7 +74,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     modules = dict(model.named_modules())
     shared: dict[str, PackedWeight] = {}
     for name, (_, plan) in manifest["layers"].items():
-        _become_packed(path, name, modules[name], layer_plan(plan), manifest["aliases"], shared)
+        _become_packed(path, name, modules[name], layer_plan(plan), manifest["aliases"], shared, state)
     for norm, (layer, output) in manifest["folded"].items():
         replace_norm(model, norm, None if output is None else make_quantizer(tensor_plan(output)))
         modules[layer].bias = nn.Parameter(torch.empty_like(state[f"{layer}.bias"]), requires_grad=False)
@@ -230,6 +230,7 @@ def _become_packed(
     plan: LayerPlan,
     aliases: Mapping[str, str],
     shared: dict[str, PackedWeight],
+    state: Mapping[str, Any],
 ) -> None:
     """Give a float layer the class and the quantizers of the packed one; its tensors come with the state."""
     cls = packed_class(float_class(layer)) if plan.weight is not None else twin_class(float_class(layer))
@@ -239,6 +240,8 @@ def _become_packed(
         layer.attach(dataclasses.replace(plan), None)  # type: ignore[operator]
     except PlanError as error:
         raise PackedFileError(f"{path}: layer {name!r}: {error}") from error
+    if f"{name}.bias" in state and getattr(layer, "bias", state) is None:  # a folded fusion has given it one
+        layer.bias = nn.Parameter(torch.empty_like(state[f"{name}.bias"]), requires_grad=False)
     if plan.weight is not None:
         layer._parameters.pop(cls.weight_name, None)
         first = aliases.get(f"{name}.packed.codes", f"{name}.packed.codes")

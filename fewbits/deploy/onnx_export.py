@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbits.deploy.onnx_activations import EmitActivation, EmitDynamic
 from fewbits.deploy.onnx_graph import finish_graph
+from fewbits.deploy.onnx_inputs import emit_quantizer
 from fewbits.deploy.onnx_nodes import EmitWeight, emit_layer, refine_for_bias
 from fewbits.deploy.packed import PackedLayer, PackedWeight, packed_class
 from fewbits.errors import ExportError, FewbitsError
 from fewbits.layers import quantized_layers
 from fewbits.layers.twins import SpatialTwin
-from fewbits.quantizers import Codes, Dynamic, Quantizer, Uniform
+from fewbits.quantizers import Codes, Quantizer, Uniform
 
 OPSET = 21  # the first with blocked DequantizeLinear and INT4
 OPSET_INT2 = 25
@@ -166,8 +166,7 @@ def _emit(model: nn.Module, mode: str) -> dict[str, str]:
     for parent in list(model.modules()):
         for child, module in list(parent.named_children()):
             if isinstance(module, Quantizer) and (module.calibrated or module.dynamic):  # else unused, or it says so
-                emit = EmitDynamic(module) if isinstance(module, Dynamic) else EmitActivation(module, mode == "fastest")
-                setattr(parent, child, emit)
+                setattr(parent, child, emit_quantizer(module, mode == "fastest"))
     return types
 
 

@@ -8,6 +8,7 @@ children are not counted. Parameters keep their names; the nodes are in the chil
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -84,7 +85,12 @@ _CLASSES: dict[type, type[FusionOwner]] = {}
 
 def _owner_class(plain: type[nn.Module]) -> type[FusionOwner]:
     if plain not in _CLASSES:
-        namespace = {"plain_class": plain, "__module__": __name__}
+
+        @functools.wraps(plain.forward)  # exporters look at its signature
+        def forward(self: FusionOwner, *args: Any, **kwargs: Any) -> Any:
+            return FusionOwner.forward(self, *args, **kwargs)
+
+        namespace = {"plain_class": plain, "forward": forward, "__module__": __name__}
         _CLASSES[plain] = type(f"Balanced{plain.__name__}", (FusionOwner, plain), namespace)
     return _CLASSES[plain]
 
