@@ -24,10 +24,10 @@ class Concat(nn.Module):
 
     def forward(self, *branches: Tensor) -> Tensor:
         """Return the branches as one tensor. Raises QuantizationError for another count or sizes that differ."""
-        shapes = {name: list(x.shape) for name, x in zip(self.branches, branches)}
         if len(branches) != len(self.branches):
             raise QuantizationError(f"a concat of {self.branches} got {len(branches)} tensors; give one a branch")
-        if len({(x.shape[0], *x.shape[2:]) for x in branches}) > 1:
+        if any(x.shape[2:] != branches[0].shape[2:] for x in branches):  # no set: exporters have symbols for sizes
+            shapes = {name: list(x.shape) for name, x in zip(self.branches, branches)}
             raise QuantizationError(f"branches {shapes} must agree in all axes but the channels; resize them before")
         return torch.cat(branches, 1)
 

@@ -89,19 +89,28 @@ def build(recipe: Recipe, images: Images) -> tuple[nn.Module, tuple[str, ...]]:
     torch.manual_seed(recipe.seed)
     options: dict[str, Any] = dict(recipe.model.options)
     classes, channels = len(images.test.classes), images.test.shape[0]
-    notes: list[str] = []
-    if recipe.model.weights is not None:
-        path = find_weights(recipe.model.weights)
-        if path is not None:
-            options |= {"pretrained_path": path, "pretrained_skip": recipe.model.skip}
-        elif not recipe.data.stand_in:
-            raise DataError(
-                f"the float weights {recipe.model.weights!r} are not there, neither as a path nor in ../shared/data; "
-                "give their file with --set model.weights=FILE, or train from nothing with --set model.weights=null"
-            )
-        else:
-            notes.append(f"random weights in place of {recipe.model.weights!r}, which is not there")
-    return build_model(recipe.model.name, classes, channels, **options), tuple(notes)
+    path, notes = float_weights(recipe)
+    if path is not None:
+        options |= {"pretrained_path": path, "pretrained_skip": recipe.model.skip}
+    return build_model(recipe.model.name, classes, channels, **options), notes
+
+
+def float_weights(recipe: Recipe) -> tuple[Path | None, tuple[str, ...]]:
+    """Return the file of the float weights that the recipe names, if any, and what a reader must know of it.
+
+    Raises DataError where it is not there, unless stand-ins will do.
+    """
+    if recipe.model.weights is None:
+        return None, ()
+    path = find_weights(recipe.model.weights)
+    if path is not None:
+        return path, ()
+    if not recipe.data.stand_in:
+        raise DataError(
+            f"the float weights {recipe.model.weights!r} are not there, neither as a path nor in ../shared/data; "
+            "give their file with --set model.weights=FILE, or train from nothing with --set model.weights=null"
+        )
+    return None, (f"random weights in place of {recipe.model.weights!r}, which is not there",)
 
 
 def find_weights(name: str) -> Path | None:

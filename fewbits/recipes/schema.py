@@ -17,6 +17,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Positive = Annotated[float, Field(gt=0)]
+NotNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -30,12 +31,14 @@ class Data(Section):
 
     source: str
     """Name of the data source. Classification: digits, cifar10, cifar10_lossless, fashion_mnist, imagefolder.
-    Language: python_topics (a text that comes with Python), tiny_shakespeare, wikitext2, text."""
+    Language: python_topics (a text that comes with Python), tiny_shakespeare, wikitext2, text.
+    Segmentation: scenes (made of handwritten digits), masks (folders of your own), camvid, nuclei."""
     path: str = "auto"
     """Folder (or text file) of the data; auto: embedded in a package, or in `../shared/data` beside the checkout."""
     options: dict[str, Any] = {}
     """Fields of the data set, e.g. `crop_padding`, `flip`, or `size` of an image folder. Language: `tokens` (byte, char
-    or the path of a tokenizer), `context` (tokens of a window) and `test` (the last share of the text)."""
+    or the path of a tokenizer), `context` (tokens of a window) and `test` (the last share of the text). Segmentation:
+    segmentation.md."""
     validation: Fraction = 0.1
     """Fraction of the training examples (of a text, the last part) that is held out and watched during training; test
     examples are for the end."""
@@ -52,7 +55,8 @@ class Model(Section):
 
     name: str
     """reference_cnn, resnet20 .. resnet110 (CIFAR), torchvision:NAME or timm:NAME. Language: gpt_nano, gpt_micro,
-    gpt_char, gpt2 (all with random weights), or transformers:NAME (a folder, a model type, or a cached name)."""
+    gpt_char, gpt2 (all with random weights), or transformers:NAME (a folder, a model type, or a cached name).
+    Segmentation: unet_nano .. unet_base, or torchvision:NAME."""
     options: dict[str, Any] = {}
     """Further keyword arguments of the model."""
     weights: str | None = None
@@ -167,6 +171,25 @@ class SearchRules(Updates):
     def settings(self) -> dict[str, Any]:
         """Return what the search itself is told."""
         return self.model_dump(exclude={*Updates.model_fields, "steps_per_epoch"})
+
+
+class Segmentation(Section):
+    """What a segmentation is trained on, the sum of two losses, and measured by."""
+
+    cross_entropy: NotNegativeFloat = 1.0
+    """Weight of the mean cross entropy of the pixels."""
+    dice: NotNegativeFloat = 0.0
+    """Weight of the soft Dice loss."""
+    class_weights: list[float] | Literal["balanced"] | None = None
+    """Weights of the classes in the cross entropy; balanced: median frequency over that of the class."""
+    tolerance: NotNegative = 2
+    """Pixels that an outline may be off, in the boundary F1."""
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> Segmentation:
+        if self.cross_entropy + self.dice == 0:
+            raise ValueError("cross_entropy and dice are both 0: nothing would be trained")
+        return self
 
 
 class PlanRules(Section):
@@ -297,14 +320,17 @@ class Recipe(Section):
 
     name: str = ""
     """What the report calls the run; empty: the name of the file."""
-    task: Literal["classification", "language"] = "classification"
-    """What the model does: classification, or language (the next token of a text)."""
+    task: Literal["classification", "language", "segmentation"] = "classification"
+    """What the model does: classification, language (the next token of a text), or segmentation (a class for each
+    pixel)."""
     seed: NotNegative = 0
     """Seed of everything random."""
     data: Data
     """The examples."""
     model: Model
     """The float model."""
+    segmentation: Segmentation | None = None
+    """What a segmentation is trained on and measured by; null: its defaults."""
     float_training: Training | None = None
     """Training before quantization; null: none."""
     plan: PlanRules
@@ -345,6 +371,8 @@ class Recipe(Section):
                 key = "file" if method == "file" else "layer"
                 raise ValueError(f"plan.{key} is for plan.method {method}: give both or neither")
         self._check_search()
+        if self.segmentation is not None and self.task != "segmentation":
+            raise ValueError(f"the section segmentation is for that task, this is {self.task}")
         if self.from_scratch and self.qat is None:
             raise ValueError("from_scratch needs qat: without it nothing would be trained")
         return self

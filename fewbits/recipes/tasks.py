@@ -8,11 +8,16 @@ from typing import Any
 
 from fewbits.recipes.images import load_images
 from fewbits.recipes.schema import Recipe
+from fewbits.recipes.segmentations import load_segmentations
 from fewbits.recipes.task import Task
 from fewbits.recipes.texts import load_texts
 
 HELD_OUT = 0.1
-TASKS: dict[str, Callable[[Recipe], Task[Any]]] = {"classification": load_images, "language": load_texts}
+TASKS: dict[str, Callable[[Recipe], Task[Any]]] = {
+    "classification": load_images,
+    "language": load_texts,
+    "segmentation": load_segmentations,
+}
 
 
 def load_task(recipe: Recipe) -> Task[Any]:
