@@ -1,0 +1,6 @@
+"""Losses beside the labels, one a file."""
+
+from fewbits.losses.ada import AttentionAlignment
+from fewbits.losses.taps import Taps, check_teacher
+
+__all__ = ["AttentionAlignment", "Taps", "check_teacher"]

@@ -1,0 +1,136 @@
+"""Features of a student and its teacher at the same places, by module name, while both run on the same batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.errors import TrainingError, nearest
+from fewbits.layers import QuantizedLayer, call
+from fewbits.losses.ada import AttentionAlignment
+from fewbits.quantizers import Quantizer
+
+
+class Taps:
+    """Context in which student and teacher run, and which then has the loss between their features.
+
+    names: of modules that both models have. Of a quantized layer with an input quantizer it is the input that is
+    tapped; of any other module the output, with the quantizer of the first layer that takes it in. Where balanced
+    fusion puts a norm into the student, tap the block behind the node: the teacher has no norm. teacher: the float
+    model, which is set to eval mode. Raises TrainingError for unknown names and for a teacher of another architecture.
+
+        with Taps(student, teacher, ["neck.p3", "neck.p4"]) as taps:
+            loss = task_loss(student(x), y)
+            taps.teach(x)
+            loss = loss + taps.loss(AttentionAlignment())
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, names: Sequence[str]) -> None:
+        check_teacher(student, teacher)
+        known = [name for name, _ in teacher.named_modules()]
+        for name in names:
+            if name not in known or name not in dict(student.named_modules()):
+                raise TrainingError(f"no module {name!r} to tap{nearest(name, known)}; it must be in both models")
+        if not names:
+            raise TrainingError("no modules to tap are named: give the blocks that feed the head")
+        self.student, self.teacher, self.names = student, teacher.requires_grad_(False), tuple(names)
+        self._handles: list[Any] = []
+        self._seen: dict[str, list[Tensor]] = {}
+        self._targets: dict[str, list[Tensor]] = {}
+        # by the id of a feature: itself, so that the id stays its own, and the input quantizer of what takes it in
+        self._takers: dict[int, tuple[Tensor, Quantizer]] = {}
+
+    def __enter__(self) -> Taps:
+        self._seen, self._targets, self._takers = {}, {}, {}
+        self.teacher.eval()
+        for name in self.names:
+            self._tap(name, self.student, self._seen)
+            self._tap(name, self.teacher, self._targets)
+        for module in self.student.modules():
+            if isinstance(module, QuantizedLayer) and module.input_quantizer is not None:
+                self._handles.append(module.register_forward_pre_hook(self._note_taker))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _tap(self, name: str, model: nn.Module, into: dict[str, list[Tensor]]) -> None:
+        module, layer = model.get_submodule(name), self.student.get_submodule(name)
+        found = into.setdefault(name, [])
+        if isinstance(layer, QuantizedLayer) and layer.input_quantizer is not None:
+            self._handles.append(module.register_forward_pre_hook(lambda m, args: found.append(args[0])))
+        else:
+            self._handles.append(module.register_forward_hook(lambda m, args, y: found.append(y)))
+
+    def _note_taker(self, layer: Any, args: tuple[Any, ...]) -> None:
+        self._takers.setdefault(id(args[0]), (args[0], layer.input_quantizer))
+
+    def teach(self, batch: Any) -> Any:
+        """Run the teacher on the student's batch (as for ``calibrate``), without gradients; return what it returns."""
+        with torch.no_grad():
+            return call(self.teacher, batch)
+
+    def features(self) -> list[tuple[Tensor, Tensor, Quantizer]]:
+        """Return (teacher's feature, student's, quantizer behind it) of each tap, in the order of the names."""
+        found = []
+        for name in self.names:
+            mine, theirs = self._seen[name], self._targets[name]
+            if not mine or len(mine) != len(theirs):
+                raise TrainingError(
+                    f"tap {name!r} ran {len(mine)} times in the student and {len(theirs)} times in the teacher: inside "
+                    "the context, call the student and then teach(batch), once each"
+                )
+            for student, teacher in zip(mine, theirs):
+                if not isinstance(student, Tensor) or student.ndim < 3:
+                    raise TrainingError(f"tap {name!r} is no feature map [N, C, ...]: tap another module")
+                if id(student) not in self._takers:
+                    raise TrainingError(
+                        f"no layer with an input quantizer takes in what {name!r} returns, so its distortion is "
+                        "unknown: tap that layer itself, or a module whose result goes to one as it is"
+                    )
+                found.append((teacher, student, self._takers[id(student)][1]))
+        return found
+
+    def loss(self, alignment: AttentionAlignment) -> Tensor:
+        """Return the weighted loss: the mean over taps."""
+        each = [alignment.loss(*features) for features in self.features()]
+        return alignment.weight * torch.stack(each).mean()
+
+    def gradient_ratio(self, loss: Tensor, task: Tensor) -> float:
+        """Return the norm of this loss's gradient at the tapped features over that of the task's; aim at 0.05 to 0.5.
+
+        The graph stays for the backward pass that follows.
+        """
+        features = [student for _, student, _ in self.features()]
+
+        def norm(of: Tensor) -> float:
+            grads = torch.autograd.grad(of, features, retain_graph=True, allow_unused=True)
+            return math.sqrt(sum(float(g.float().square().sum()) for g in grads if g is not None))
+
+        below = norm(task)
+        return norm(loss) / below if below > 0 else float("inf")
+
+
+def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise TrainingError, naming the first tensor that differs, unless the student has all the teacher's parameters.
+
+    What quantizers and fusion nodes add to the student is no difference.
+    """
+    mine = dict(student.named_parameters())
+    for name, parameter in teacher.named_parameters():
+        if name not in mine:
+            raise TrainingError(
+                f"teacher of another architecture: its {name!r} {list(parameter.shape)} is not in the student"
+                f"{nearest(name, mine)}; the teacher is the float model that the student was made from"
+            )
+        if mine[name].shape != parameter.shape:
+            raise TrainingError(
+                f"teacher of another architecture: its {name!r} is {list(parameter.shape)}, the student's "
+                f"{list(mine[name].shape)}; the teacher is the float model that the student was made from"
+            )
