@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewbits.errors import DataError, RecipeError
+from fewbits.layers.concat import Concat
 from fewbits.tasks.tood import Predictions, tood_loss
 
 STRIDES = (8, 16, 32)
@@ -38,25 +39,6 @@ SIZES = {
     "detector_small": Size((16, 32, 64, 96, 160), 64, 1, 2),
     "detector_medium": Size((24, 48, 96, 160, 256), 96, 2, 2),
 }
-
-
-class Concat(nn.Module):
-    """Concatenates tensors [B, C_i, H, W] along the channels. branches: what they are, in order.
-
-    A module of its own, so that its branches can be named, and their gradients balanced.
-    """
-
-    def __init__(self, *branches: str) -> None:
-        super().__init__()
-        self.branches = branches
-
-    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return [B, sum of C_i, H, W]."""
-        return torch.cat(list(tensors), 1)
-
-    def extra_repr(self) -> str:
-        """Show the branches where the module is printed."""
-        return ", ".join(self.branches)
 
 
 def conv(width_in: int, width: int, kernel: int = 1, stride: int = 1) -> nn.Sequential:
@@ -135,7 +117,7 @@ class Neck(nn.Module):
         super().__init__()
         width, depth = size.neck, size.depth
         self.lateral3, self.lateral4, self.lateral5 = (conv(c, width) for c in size.widths[2:])
-        self.fuse4, self.fuse3, self.fuse4_up, self.fuse5_up = (Concat("deep", "shallow") for _ in range(4))
+        self.fuse4, self.fuse3, self.fuse4_up, self.fuse5_up = (Concat(("deep", "shallow")) for _ in range(4))
         self.top4, self.top3, self.out4, self.out5 = (CSP(2 * width, width, depth) for _ in range(4))
         self.down3, self.down4 = conv(width, width, 3, 2), conv(width, width, 3, 2)
 
@@ -143,10 +125,10 @@ class Neck(nn.Module):
         """Return features of the neck's width at strides 8, 16 and 32."""
         p3, p4, p5 = features
         l5 = self.lateral5(p5)
-        t4 = self.top4(self.fuse4([_up(l5), self.lateral4(p4)]))
-        o3 = self.top3(self.fuse3([_up(t4), self.lateral3(p3)]))
-        o4 = self.out4(self.fuse4_up([self.down3(o3), t4]))
-        return o3, o4, self.out5(self.fuse5_up([self.down4(o4), l5]))
+        t4 = self.top4(self.fuse4(_up(l5), self.lateral4(p4)))
+        o3 = self.top3(self.fuse3(_up(t4), self.lateral3(p3)))
+        o4 = self.out4(self.fuse4_up(self.down3(o3), t4))
+        return o3, o4, self.out5(self.fuse5_up(self.down4(o4), l5))
 
 
 class Head(nn.Module):

@@ -11,9 +11,10 @@ from fewbits.deploy import align_biases, pack, verify
 from fewbits.deploy.onnx_export import export_onnx
 from fewbits.errors import DataError, RecipeError
 from fewbits.layers import calibrate, quantize
+from fewbits.layers.concat import Concat
 from fewbits.tasks.detection import DetectionExamples, scene_examples
 from fewbits.tasks.detection_metrics import predict, same_detections, score
-from fewbits.tasks.detector import SIZES, Concat, Detector, Size, grid, own_detector
+from fewbits.tasks.detector import SIZES, Detector, Size, grid, own_detector
 from fewbits.tasks.scenes import make_scenes
 from fewbits.tasks.tood import Predictions, assign, inside, iou, tood_loss
 
