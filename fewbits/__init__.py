@@ -26,8 +26,8 @@ _LAZY = {  # imported on first use, so that ``import fewbits`` and ``fewbits --h
 
 __all__ = [
     "Budget", "FitConfig", "FusionSettings", "LayerPlan", "Plan", "TensorPlan", "align_biases", "allocate",
-    "balance_fusion", "calibrate", "dequantize", "export_onnx", "fit", "fold_fusion", "load", "pack", "quantize", "save",
-    "settle_fusion", "sigma_search", "uniform_plan", "verify",
+    "balance_fusion", "calibrate", "dequantize", "export_onnx", "fit", "fold_fusion", "load", "pack", "quantize",
+    "save", "settle_fusion", "sigma_search", "uniform_plan", "verify",
 ]  # fmt: skip
 
 

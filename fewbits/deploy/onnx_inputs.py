@@ -40,7 +40,8 @@ class EmitRequantize(EmitActivation):
         self.shift, top = int(quantizer.shift), self.grid.highest - self.grid.lowest
         zero = -int(self.low) - self.shift  # where 0 of the input lies, as an index
         base = max(0, -zero)  # of the window
-        self.integer = self.integer and zero + base <= 255 and base + top <= 255
+        pairs = 2 * min(127, 2**14 // top) * (base + top)  # of products, as engines add them up; see ``largest_factor``
+        self.integer = self.integer and zero + base <= 255 and base + top <= 255 and pairs < 2**15
         if self.integer:
             self.register_buffer("moved", torch.full_like(self.divisors, zero + base, dtype=torch.uint8))
             self.bottom.fill_(base)

@@ -30,7 +30,7 @@ class Thresholds(torch.autograd.Function):
         ctx: Any, x: Tensor, start: Tensor, widths: Tensor, scale: Tensor, middles: Tensor, lowest: int, factor: float
     ) -> Tensor:
         """x of any shape and dtype; start, scale [1], widths, middles [levels - 1]."""
-        index = torch.bucketize(x.to(middles.dtype), middles, right=True)
+        index = torch.bucketize(x.to(middles.dtype).contiguous(), middles, right=True)
         ctx.save_for_backward(x, start, widths, index)
         ctx.lowest, ctx.factor, ctx.scale = lowest, factor, scale.detach()
         return cast((index + lowest).to(scale.dtype) * scale, x.dtype)
@@ -42,7 +42,7 @@ class Thresholds(torch.autograd.Function):
         scale, count = ctx.scale, len(widths)
         grad_y, wide = grad.to(scale.dtype), x.to(widths.dtype)
         edges = torch.cat([start, start + widths.cumsum(0)])
-        segment = torch.bucketize(wide, edges, right=True) - 1
+        segment = torch.bucketize(wide.contiguous(), edges, right=True) - 1
         inside = (segment >= 0) & (segment < count)
         segment = segment.clamp(0, count - 1)
         width = widths[segment]
@@ -124,6 +124,6 @@ class N2UQ(Uniform):
         self.require_range()
         with torch.no_grad():
             middles = self.thresholds(x.dtype)
-            values = torch.bucketize(x.to(middles.dtype), middles, right=True) + self.grid.lowest
+            values = torch.bucketize(x.to(middles.dtype).contiguous(), middles, right=True) + self.grid.lowest
             scale, _ = self.affine(x.dtype)
         return Codes(values.to(torch.int32), scale.detach(), None, None, self.grid, self.grouping, x.dtype)
