@@ -49,6 +49,13 @@ def test_the_page_on_allocation(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{result.status}: " in capsys.readouterr().out
 
 
+def test_the_page_on_fusion(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("docs/fusion.md")
+    assert "{'cat0': BalancedFusion(cat of deep, shallow; controller)}" in capsys.readouterr().out
+    assert not names["fusion_nodes"](names["student"]) and names["report"].nodes == {"cat0": "requant into up"}
+    assert names["report"].folded == names["report"].constant_norm
+
+
 def test_the_page_on_language(capfd: pytest.CaptureFixture[str]) -> None:
     names = run("docs/language.md")
     assert names["generate"](names["packed"], names["prompt"], 20).shape == (1, 26)

@@ -20,9 +20,9 @@ from fewbits.quantizers import Requantize, make_quantizer
 from tests.layers.fusion_models import UNet, settled
 
 
-def net(quantizer: str, *, signed: bool = False, bits: int = 4) -> tuple[nn.Module, torch.Tensor]:
+def net(quantizer: str, *, signed: bool = False, bits: int = 3) -> tuple[nn.Module, torch.Tensor]:
     x = torch.randn(8, 6, 9, 9) if signed else torch.rand(8, 6, 9, 9)
-    model = nn.Sequential(nn.Conv2d(6, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1))
+    model = nn.Sequential(nn.Conv2d(6, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1))
     plan = Plan(
         (("*", LayerPlan(TensorPlan(4, granularity="channel"), TensorPlan(bits, quantizer, symmetric=signed))),)
     )
@@ -46,7 +46,7 @@ def test_learned_clips_and_thresholds(quantizer: str, signed: bool, mode: str, t
     got = torch.from_numpy(open_session(tmp_path / "m.onnx")((x,)))
     assert float((got - packed(x)).abs().median()) < 1e-5
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node)
-    assert kinds["GreaterOrEqual"] == (45 if quantizer == "n2uq" else 0)
+    assert kinds["GreaterOrEqual"] == (14 if quantizer == "n2uq" else 0)
     fb.save(packed, tmp_path / "m.safetensors")
     again = fb.load(tmp_path / "m.safetensors", nn.Sequential(*[_plain(m) for m in model]))
     assert torch.equal(again(x), packed(x))
@@ -63,7 +63,7 @@ def test_codes_are_multiplied_as_integers(quantizer: str) -> None:
     model, x = net(quantizer)
     packed = fb.pack(model)
     want = packed(x)
-    assert run_in_integers(packed) == ["0", "2", "4"]
+    assert run_in_integers(packed) == ["0", "2"]
     torch.testing.assert_close(packed(x), want, atol=1e-4, rtol=1e-4)
 
 
@@ -85,8 +85,10 @@ def test_a_folded_fusion(bits: int, mode: str, tmp_path: Path) -> None:
     assert float((packed(x) - got).abs().median()) < 1e-4
 
 
-@pytest.mark.parametrize(("shift", "window", "integer"), [(0, 0, True), (5, 0, True), (12, 4, True), (-100, 0, True),
-                                                          (300, 0, False), (-300, 0, False), (124, 0, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shift", "window", "integer"),
+    [(0, 0, True), (5, 0, True), (12, 4, True), (-99, 0, True), (300, 0, False), (-300, 0, False), (124, 0, False)],
+)
 def test_the_window_of_codes_leaves_the_zero_point_room(shift: int, window: int, integer: bool) -> None:
     old = make_quantizer(TensorPlan(4))
     old.calibrate(torch.randn(100))
