@@ -32,13 +32,14 @@ class Data(Section):
     source: str
     """Name of the data source. Classification: digits, cifar10, cifar10_lossless, fashion_mnist, imagefolder.
     Language: python_topics (a text that comes with Python), tiny_shakespeare, wikitext2, text.
-    Segmentation: scenes (made of handwritten digits), masks (folders of your own), camvid, nuclei."""
+    Segmentation: scenes (made of handwritten digits), masks (folders of your own), camvid, nuclei.
+    Detection: scenes, voc, coco (folders of your own), bccd."""
     path: str = "auto"
     """Folder (or text file) of the data; auto: embedded in a package, or in `../shared/data` beside the checkout."""
     options: dict[str, Any] = {}
     """Fields of the data set, e.g. `crop_padding`, `flip`, or `size` of an image folder. Language: `tokens` (byte, char
     or the path of a tokenizer), `context` (tokens of a window) and `test` (the last share of the text). Segmentation:
-    segmentation.md."""
+    segmentation.md. Detection: detection.md."""
     validation: Fraction = 0.1
     """Fraction of the training examples (of a text, the last part) that is held out and watched during training; test
     examples are for the end."""
@@ -56,7 +57,8 @@ class Model(Section):
     name: str
     """reference_cnn, resnet20 .. resnet110 (CIFAR), torchvision:NAME or timm:NAME. Language: gpt_nano, gpt_micro,
     gpt_char, gpt2 (all with random weights), or transformers:NAME (a folder, a model type, or a cached name).
-    Segmentation: unet_nano .. unet_base, or torchvision:NAME."""
+    Segmentation: unet_nano .. unet_base, or torchvision:NAME. Detection: detector_nano, detector_small,
+    detector_medium, or torchvision:NAME."""
     options: dict[str, Any] = {}
     """Further keyword arguments of the model."""
     weights: str | None = None
@@ -320,9 +322,9 @@ class Recipe(Section):
 
     name: str = ""
     """What the report calls the run; empty: the name of the file."""
-    task: Literal["classification", "language", "segmentation"] = "classification"
-    """What the model does: classification, language (the next token of a text), or segmentation (a class for each
-    pixel)."""
+    task: Literal["classification", "language", "segmentation", "detection"] = "classification"
+    """What the model does: classification, language (the next token of a text), segmentation (a class for each
+    pixel), or detection (boxes with classes)."""
     seed: NotNegative = 0
     """Seed of everything random."""
     data: Data

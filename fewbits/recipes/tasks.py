@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from fewbits.recipes.detections import load_detections
 from fewbits.recipes.images import load_images
 from fewbits.recipes.schema import Recipe
 from fewbits.recipes.segmentations import load_segmentations
@@ -17,6 +18,7 @@ TASKS: dict[str, Callable[[Recipe], Task[Any]]] = {
     "classification": load_images,
     "language": load_texts,
     "segmentation": load_segmentations,
+    "detection": load_detections,
 }
 
 

@@ -9,7 +9,12 @@ from fewbits.report.schema import Measured, Result
 
 AGREEMENT_GOAL = 99.9  # percent of samples on which a runtime should give the packed model's answer
 
-NOUNS = {"classification": "images", "language": "tokens", "segmentation": "pixels"}  # what an answer is about
+NOUNS = {
+    "classification": "images",
+    "language": "tokens",
+    "segmentation": "pixels",
+    "detection": "detections",
+}  # what an answer is about
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ def missing(result: Result, logged: bool) -> list[str]:
         "errors per layer": any(layer.weight_error is not None or layer.sqnr_db is not None for layer in layers),
         "training curves": logged,
         "weight histograms": result.histograms,
-        "confusion matrices": result.task == "language" or any(form.confusion for _, form in result.forms),
+        "confusion matrices": result.task in ("language", "detection")
+        or any(form.confusion for _, form in result.forms),
         "the budget": result.budget,
         "times": result.seconds,
         "the environment": result.environment,

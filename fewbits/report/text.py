@@ -33,6 +33,12 @@ METRICS = {
     "dice_images": Metric("Dice of an image", "%", True),
     "boundary_f1": Metric("boundary F1", "%", True),
     "pixel_accuracy": Metric("pixel accuracy", "%", True),
+    "map": Metric("mAP", "%", True),
+    "map50": Metric("mAP50", "%", True),
+    "map75": Metric("mAP75", "%", True),
+    "map_small": Metric("mAP of small", "%", True),
+    "map_medium": Metric("mAP of medium", "%", True),
+    "map_large": Metric("mAP of large", "%", True),
     "token_accuracy": Metric("next-token accuracy", "%", True),
 }
 

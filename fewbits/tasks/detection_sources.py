@@ -41,7 +41,7 @@ class Wanted:
 DEFAULTS: dict[str, dict[str, Any]] = {
     "scenes": {"size": 96},
     "voc": {"size": [320, 320], "classes": None, "skip_bad": False, "train": "train", "test": "val"},
-    "bccd": {"size": [240, 320], "classes": list(BCCD_CLASSES), "skip_bad": True, "train": "train", "test": "val"},
+    "bccd": {"size": [256, 320], "classes": list(BCCD_CLASSES), "skip_bad": True, "train": "train", "test": "val"},
     "coco": {
         "size": [320, 320],
         "classes": None,

@@ -69,8 +69,8 @@ def test_backbone_and_heads_are_quantized_and_packed() -> None:
 
 def test_a_packed_one_stage_detector_runs_in_onnx_runtime(tmp_path: Path) -> None:
     """A tiny one with the parts of SSD; others take the exporter long."""
+    from torchvision.models.detection import ssd
     from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
-    from torchvision.models.detection.ssd import SSD as Ssd
 
     class Backbone(nn.Sequential):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def test_a_packed_one_stage_detector_runs_in_onnx_runtime(tmp_path: Path) -> Non
         nn.Conv2d(3, 8, 3, 4, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 4, padding=1)
     )
     backbone.out_channels = [8]  # type: ignore[assignment]
-    detector = OneStage(Ssd(backbone, DefaultBoxGenerator([[2]]), (32, 32), 4), 3, True).eval()
+    detector = OneStage(ssd.SSD(backbone, DefaultBoxGenerator([[2]]), (32, 32), 4), 3, True).eval()
     images = torch.rand(2, 3, 32, 32)
     calibrate(quantize(detector, uniform_plan(detector, 8, 8), verbose=False), [images])
     packed = pack(detector, images)
