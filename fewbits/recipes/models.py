@@ -27,11 +27,13 @@ from fewbits.plan import Plan
 from fewbits.recipes.images import find_weights
 from fewbits.tasks.language import LIBRARY, build_language_model, is_language_model
 from fewbits.tasks.models import build_model
+from fewbits.tasks.segmenters import build_segmenter, is_segmenter
 from fewbits.tasks.weights import load_weights
 
 LIBRARY_INPUT, LIBRARY_CLASSES = (3, 224, 224), 1000
 INPUTS = {"reference_cnn": (1, 8, 8)}  # of our own models; the others read CIFAR's images
 OWN_INPUT, OWN_CLASSES = (3, 32, 32), 10
+SEGMENTER_INPUT, SEGMENTER_CLASSES = (3, 256, 256), 21  # the classes of Pascal VOC, as torchvision's models have them
 WINDOW = 1024  # the most tokens of a language model's example
 
 
@@ -45,12 +47,25 @@ def named_model(
     """
     if is_language_model(name):
         return _language_model(name, classes, input_shape, weights)
+    if is_segmenter(name):
+        return _segmenter(name, classes, input_shape, weights)
     library = ":" in name
     shape = tuple(input_shape or (LIBRARY_INPUT if library else INPUTS.get(name, OWN_INPUT)))
     torch.manual_seed(0)
     path = _file(weights)
     count = classes or (LIBRARY_CLASSES if library else OWN_CLASSES)
     model = build_model(name, count, shape[0], pretrained_path=path)
+    return model.eval(), torch.zeros(1, *shape)
+
+
+def _segmenter(
+    name: str, classes: int | None, input_shape: Sequence[int] | None, weights: str | None
+) -> tuple[nn.Module, Tensor]:
+    shape = tuple(input_shape or SEGMENTER_INPUT)
+    if len(shape) != 3 or shape[0] != 3:
+        raise RecipeError(f"{name!r} reads images of 3 channels: --input is 3, height and width, got {list(shape)}")
+    torch.manual_seed(0)
+    model = build_segmenter(name, classes or SEGMENTER_CLASSES, _file(weights))
     return model.eval(), torch.zeros(1, *shape)
 
 

@@ -15,7 +15,7 @@ from fewbits.tasks.data import Batch, Indices, normalize
 
 Read = Callable[[], tuple[Tensor, Tensor]]
 Size = tuple[int, int]
-RATIOS = (3 / 4, 4 / 3)  # of the windows that training cuts
+STRETCH = (4 / 5, 5 / 4)  # of the width of a window that training cuts, against the height
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,9 +25,10 @@ class SegmentedImages:
     reads: one an example, each returns image uint8 [3, H, W] and mask uint8 [H, W]. ground: the class that is no
     object, which Dice leaves out; None: all count. size: height and width that images are scaled to where they have
     others (masks: nearest pixel). mean, std: one value a channel, of pixels in 0..1.
-    Training cuts a window of ``min_area`` to 1 of the area and scales it to ``crop`` (None: size), mirrors half of the
-    images left to right (``flip`` none, horizontal, or both: and half of them top to bottom), and changes brightness,
-    contrast and saturation by factors within 1 +- ``colour``. Raises DataError for values out of range.
+    Training cuts a window of ``min_area`` to 1 of the area, of about the form of ``crop`` (height and width, None: as
+    size), and scales it to that; it mirrors half of the images left to right (``flip`` none, horizontal, or both: and
+    half of them top to bottom), and changes brightness, contrast and saturation by factors within 1 +- ``colour``.
+    Raises DataError for values out of range.
     """
 
     reads: Sequence[Read]
@@ -120,9 +121,9 @@ class SegmentedImages:
     def _augmented(self) -> Any:
         from torchvision.transforms import v2
 
-        steps: list[Any] = [
-            v2.RandomResizedCrop(list(self.crop or self.size), (self.min_area, 1.0), RATIOS, antialias=True)
-        ]
+        height, width = self.crop or self.size
+        ratio = [width / height * stretch for stretch in STRETCH]
+        steps: list[Any] = [v2.RandomResizedCrop([height, width], (self.min_area, 1.0), ratio, antialias=True)]
         steps += [v2.RandomHorizontalFlip()] * (self.flip != "none") + [v2.RandomVerticalFlip()] * (self.flip == "both")
         steps += [v2.ColorJitter(self.colour, self.colour, self.colour)] * (self.colour > 0)
         return v2.Compose(steps)

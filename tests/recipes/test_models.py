@@ -53,3 +53,15 @@ def test_a_language_model_has_its_own_shapes(tmp_path: Path) -> None:
 def test_weights_that_are_not_there_are_an_error() -> None:
     with pytest.raises(RecipeError, match="'nothing.pt' does not exist"):
         named_model("resnet20", weights="nothing.pt")
+
+
+def test_a_segmenter_answers_every_pixel_of_its_image(tmp_path: Path) -> None:
+    model, example = named_model("unet_nano", classes=3, input_shape=(3, 32, 48))
+    assert model(example).shape == (1, 3, 32, 48)
+    first = cost(model, example, plan_for(model, None, 4, 4, 8))["layers"][0]
+    assert first["macs"] == 32 * 48 * 27 * 12
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    again, _ = named_model("unet_nano", 3, (3, 32, 48), str(tmp_path / "w.pt"))
+    assert torch.equal(again.head.weight, model.head.weight)
+    with pytest.raises(RecipeError, match="images of 3 channels"):
+        named_model("unet_nano", input_shape=(1, 32, 32))

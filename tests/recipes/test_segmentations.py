@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +82,13 @@ def test_pictures_show_every_form_and_where_they_differ() -> None:
     assert (shown(2) == palette[0]).all() and (shown(3) == palette[3]).all() and (shown(4) == 255).all()
     names = {entry["name"] for entry in rows[0]["legend"]}
     assert {"ground", "digit 2"} <= names and len(names) < 11
+
+
+@pytest.mark.usefixtures("no_shared_data")
+def test_the_measurement_on_camvid_is_a_recipe() -> None:
+    camvid = read(Path(__file__).parents[2] / "benchmarks" / "segmentation_camvid.yaml").smoked()
+    task = load_segmentations(camvid)
+    assert len(task.classes) == 11 and task.train.crop is None and task.train.size == (64, 64)
 
 
 @pytest.mark.usefixtures("no_shared_data")

@@ -111,3 +111,10 @@ def test_pixels_without_a_class_stay_so() -> None:
 
     masks = examples(reads=[read], size=(48, 64)).gather([0])[1]
     assert (masks[..., -10:] == IGNORE).all() and set(masks.unique().tolist()) == {0, 1, IGNORE}
+
+
+def test_a_window_has_the_form_of_what_it_is_scaled_to() -> None:
+    data = examples(reads=[lambda: pair(0, 24, 48)], size=(24, 48), flip="none", min_area=1.0)
+    for seed in range(3):
+        masks = data.gather([0], torch.Generator().manual_seed(seed))[1]
+        assert torch.equal(masks[0], pair(0, 24, 48)[1].long()), "the only window of the whole area is the image"
