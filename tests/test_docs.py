@@ -62,6 +62,12 @@ def test_the_page_on_language(capfd: pytest.CaptureFixture[str]) -> None:
     assert "left in float by the plan" in capfd.readouterr().out
 
 
+def test_the_page_on_detection() -> None:
+    names = run("docs/detection.md")
+    assert names["loss"].item() > 0 and set(names["metrics"]["per_class"]) == set("0123456789")
+    assert names["found"].boxes.shape == (len(names["found"].labels), 4)
+
+
 def test_the_quantizer_and_the_layer_of_extending(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "TWINS", dict(base.TWINS))
     try:
