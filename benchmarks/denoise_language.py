@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 import fewbits as fb
+from benchmarks.figure import Panel, figure
 from fewbits.cost import bops, model_shape
 from fewbits.cost import size as packed_size
 from fewbits.plan import LayerPlan, Plan, TensorPlan
@@ -114,8 +115,11 @@ ARMS = (
 def main() -> None:
     """Run what is missing, or print the table of what is there."""
     args = arguments()
+    if args.chart is not None:
+        args.chart.write_text(chart(read(args.out), args.bits), encoding="utf-8")
     if args.table or args.pareto:
         print(table(read(args.out)) if args.table else pareto(read(args.out), args.block))
+    if args.table or args.pareto or args.chart is not None:
         return
     torch.set_num_threads(args.threads)
     train, validation, vocabulary = data(args)
@@ -142,6 +146,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="print the table of the finished runs")
+    parser.add_argument("--chart", type=Path, help="write loss over learning rate to this SVG file")
     parser.add_argument("--pareto", action="store_true", help="print loss against bytes and bit operations")
     return parser.parse_args()
 
@@ -250,6 +255,22 @@ def table(rows: list[dict[str, Any]]) -> str:
         diverged = f"{sum(row['diverged'] for row in found)} of {len(found)}"
         lines.append(f"| {bits} | {arm} | {losses} | {diverged} | {median:.2g} / {largest:.2g} |")
     return "\n".join(lines)
+
+
+def chart(rows: list[dict[str, Any]], bits: str) -> str:
+    """Return an SVG of the mean loss over the learning rate, a line an arm."""
+    lrs = sorted({row["lr"] for row in rows})
+    cells: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["bits"] in (bits, "float"):
+            cells[row["arm"]][row["lr"]].append(row["loss"])
+    lines = {
+        arm: [(float(i), statistics.mean(cells[arm][lr])) for i, lr in enumerate(lrs) if lr in cells[arm]]
+        for arm in ARMS
+        if arm in cells
+    }
+    title = f"{bits}, validation loss in nats over learning rate"
+    return figure([Panel(title, lines, labels=[f"{lr:g}" for lr in lrs])])
 
 
 def pareto(rows: list[dict[str, Any]], block: int) -> str:
