@@ -11,7 +11,7 @@ from fewbits.report.charts import domain, share, ticks
 Point = tuple[float, float]
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 560, 340, 56, 34, 44, 170
 COLOURS = ("#8a929b", "#2f5fd0", "#d9661f", "#1f8f66", "#8a4fc0", "#b3261e", "#b0860b", "#108a9c", "#6c8f1c", "#b03a48",
-           "#3f4fc4", "#7a5c3e", "#c060a0", "#4a6b6b")  # fmt: skip
+           "#3f4fc4", "#7a5c3e", "#c060a0", "#4a6b6b", "#1b1f24", "#9fc131", "#ff9f1c", "#5bc0eb")  # fmt: skip
 
 
 @dataclass(frozen=True)
