@@ -12,11 +12,11 @@ import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from fewbits.errors import PlanError, nearest
+from fewbits.errors import PlanError, QuantizationError, nearest
 from fewbits.layers.base import QuantizedLayer
 from fewbits.layers.fusion import BalancedFusion, FusionSettings, fusion_nodes
 from fewbits.layers.fusion_sites import FusionSite, find_sites
@@ -31,11 +31,25 @@ class FusionOwner(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the float forward returns, with its nodes balanced."""
+        nodes: Any = self.fusions.values()
+        for node in nodes:
+            if node.settings.measure == "inputs":
+                args = _watched_inputs(node, args)
         with _Intercept(self):
             return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (self.plain_class,), self.__dict__
+
+
+def _watched_inputs(node: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of an owner as views whose gradients its node notes."""
+    if len(args) != len(node.branches) or not all(isinstance(x, Tensor) for x in args):
+        raise QuantizationError(
+            f"{node.label}: measure='inputs' needs a forward of {len(node.branches)} tensors, one a branch "
+            f"{node.branches}, got {[type(x).__name__ for x in args]}; use measure='branches'"
+        )
+    return tuple(node.watched(args))
 
 
 class _Intercept(TorchFunctionMode):
@@ -163,9 +177,9 @@ def _make(site: FusionSite, owner: nn.Module, settings: FusionSettings | None) -
     if isinstance(owner, QuantizedLayer) or "forward" in vars(owner):
         why = "is quantized as one layer" if isinstance(owner, QuantizedLayer) else "has its forward replaced"
         raise PlanError(f"fusion node {site.name!r} is in the forward of a module that {why}: leave it out")
-    node = BalancedFusion(
-        site.branches, settings, op=site.op, axis=site.axis, label=f"fusion node {site.name!r}"
-    )  # fmt: skip
+    own = getattr(owner, "branches", ())  # a module may name its branches
+    names = tuple(own) if len(own) == len(site.branches) else site.branches
+    node = BalancedFusion(names, settings, op=site.op, axis=site.axis, label=f"fusion node {site.name!r}")
     tensors = [*owner.parameters(), *owner.buffers()]
     return node.to(tensors[0].device if tensors else "cpu").train(owner.training)
 

@@ -20,6 +20,7 @@ from fewbits.errors import PlanError, QuantizationError
 
 MODES = ("controller", "fixed", "learned", "off")
 ENERGIES = ("rms", "l2")
+MEASURES = ("branches", "inputs")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class FusionSettings:
     rate of the controller; between beta / 4, where the loop is critically damped, and beta / 2. tau [tau]: wanted log
     energy of each branch against their mean, zero in sum; None: equal. energy: "l2" norm of the gradient, or "rms",
     that norm over the square root of the values a sample: equal for branches of equal width, and fair to unequal ones.
-    limit: of |lambda|. norm_eps: within the root of the norm. Raises PlanError for a value out of range.
+    limit: of |lambda|. norm_eps: within the root of the norm. measure: gradients at the "branches" of the cat or add,
+    or at the "inputs" of the module in whose forward it is: of a gated add, the tensors before the gate. Raises
+    PlanError for a value out of range.
     """
 
     mode: str = "controller"
@@ -44,9 +47,10 @@ class FusionSettings:
     energy: str = "rms"
     limit: float = 1.5
     norm_eps: float = 1e-5
+    measure: str = "branches"
 
     def __post_init__(self) -> None:
-        for name, known in (("mode", MODES), ("energy", ENERGIES)):
+        for name, known in (("mode", MODES), ("energy", ENERGIES), ("measure", MEASURES)):
             if getattr(self, name) not in known:
                 raise PlanError(f"{name} of a fusion must be one of {known}, got {getattr(self, name)!r}")
         if not 0 < self.beta <= 1 or not self.eta > 0 or not self.limit > 0 or not self.norm_eps > 0:
@@ -124,7 +128,8 @@ class BalancedFusion(nn.Module):
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the fused tensor, in the dtype of the plain operator. Raises QuantizationError for shapes unfit."""
-        h = self.fuse(self._watched(self._checked(tensors)))
+        tensors = self._checked(tensors)
+        h = self.fuse(self.watched(tensors) if self.settings.measure == "branches" else tensors)
         if not self.settings.norm:
             return h
         wide = h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
@@ -162,7 +167,7 @@ class BalancedFusion(nn.Module):
             )
         return tensors
 
-    def _watched(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def watched(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return views whose gradients are noted: those through this node only, also where a tensor has other uses."""
         if not (self.training and self.watching and torch.is_grad_enabled()):
             return list(tensors)
@@ -214,8 +219,13 @@ class BalancedFusion(nn.Module):
         return (self.energy + 1e-12).log()
 
     def log_ratio(self) -> float:
-        """Return log energy of the first branch less that of the second; of more branches, the largest difference."""
+        """Return log energy of the first (or of the "deep") branch less that of the other; NaN before the first step.
+
+        Of more than two branches, return the largest difference.
+        """
         logs = self.log_energies()
+        if self.branches == ("shallow", "deep"):
+            logs = logs.flip(0)
         return float(logs[0] - logs[1] if len(logs) == 2 else logs.max() - logs.min())
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fewbits.layers.record import Entry, Record, record
+from fewbits.layers.record import GATES, Entry, Record, record
 
 WEIGHTED = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
 SPATIAL = ("conv", "pool", "interpolate", "upsample", "pixel_", "grid_sample")  # parts of names that change a scale
@@ -47,8 +47,8 @@ def find_sites(model: nn.Module, example: Any) -> list[FusionSite]:
 
     example: a batch, as for ``calibrate``. ``fuses`` follows a rule on scales: going back from each branch to what the
     branches have in common, they pass different resolutions, as an upsampled tensor and a skip do, or the two inputs
-    of each node of a PAN or an FPN. Not so the branches of a residual, CSP, Inception or SPP block. Behind it there is
-    a layer with a weight; a sum of logits has none.
+    of each node of a PAN or an FPN. Not so the branches of a residual, CSP, Inception or SPP block, nor a sum inside
+    an attention gate. Behind it there is a layer with a weight; a sum of logits has none.
     """
     return sites_in(record(model, example))
 
@@ -59,7 +59,7 @@ def sites_in(seen: Record) -> list[FusionSite]:
     for index, entry in enumerate(seen.entries):
         if entry.fits:
             kind = "cat" if entry.op.startswith("conc") or entry.op == "cat" else "add"
-            fuses = _scales_differ(seen, entry) and _feeds_a_layer(seen, index)
+            fuses = _scales_differ(seen, entry) and _feeds_a_layer(seen, index) and not _is_gate(seen, index)
             site = FusionSite(entry.owners[-1], kind, entry.nth, entry.axis, _names(seen, entry), fuses, index)
             found.setdefault((site.owner, kind, entry.nth), site)
     return list(found.values())
@@ -99,6 +99,17 @@ def _scales(seen: Record, branch: Entry, common: int) -> set[tuple[int, ...]]:
 
 def _feeds_a_layer(seen: Record, index: int) -> bool:
     return any(e.op in WEIGHTED and e.origins >> index & 1 for e in seen.entries[index + 1 :])
+
+
+def _is_gate(seen: Record, index: int) -> bool:
+    """Tell whether an entry reaches what the model returns only by way of a gate that something is multiplied by."""
+    with_gates, without = {index}, {index}
+    for i, entry in enumerate(seen.entries[index + 1 :], start=index + 1):
+        if with_gates.intersection(entry.parents):
+            with_gates.add(i)
+        if any(p in without and not (entry.op == "mul" and seen.entries[p].op in GATES) for p in entry.parents):
+            without.add(i)
+    return not with_gates.isdisjoint(seen.returned) and without.isdisjoint(seen.returned)
 
 
 def _names(seen: Record, site: Entry) -> tuple[str, ...]:

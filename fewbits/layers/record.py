@@ -23,7 +23,8 @@ class Entry:
     """A tensor. op: the name of the function that made it ("input" where none did, "module" where all is hidden).
 
     owners: the modules that ran, the innermost last. parents: entries that it was made from. origins: all entries that
-    it comes from, itself too, as the bits of an integer. nth: which call of this op by the innermost owner, from 0.
+    it comes from, itself too, but not by way of a gate that it was multiplied by, as the bits of an integer. nth: which
+    call of this op by the innermost owner, from 0.
     """
 
     op: str
@@ -51,6 +52,7 @@ class Record:
         return [i for i, e in enumerate(self.entries) if entry in e.parents]
 
 
+GATES = ("sigmoid", "hardsigmoid", "softmax")
 CATS = ("cat", "concat", "concatenate")
 ADDS = ("add", "add_")
 
@@ -89,7 +91,8 @@ class Recorder(TorchFunctionMode):
         entries, index = self.record.entries, len(self.record.entries)
         origins = 1 << index
         for parent in parents:
-            origins |= entries[parent].origins
+            if op != "mul" or entries[parent].op not in GATES:
+                origins |= entries[parent].origins
         entries.append(Entry(op, tuple(n for n, _ in self.stack), parents, origins, tuple(tensor.shape), **more))
         self.known[id(tensor)] = index
         self.kept.append(tensor)

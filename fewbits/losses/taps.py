@@ -69,7 +69,8 @@ class Taps:
             self._handles.append(module.register_forward_hook(lambda m, args, y: found.append(y)))
 
     def _note_taker(self, layer: Any, args: tuple[Any, ...]) -> None:
-        self._takers.setdefault(id(args[0]), (args[0], layer.input_quantizer))
+        if args:
+            self._takers.setdefault(id(args[0]), (args[0], layer.input_quantizer))
 
     def teach(self, batch: Any) -> Any:
         """Run the teacher on the student's batch (as for ``calibrate``), without gradients; return what it returns."""

@@ -36,6 +36,48 @@ def test_auto_finds_what_fuses_scales_and_nothing_else() -> None:
     assert sites["cat0"].branches == ("deep", "shallow") and sites["add0"].branches == ("shallow", "deep")
 
 
+class Gated(nn.Module):
+    """out = up + sigmoid(conv(up + skip)) skip, between two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.gate, self.out = nn.Conv2d(3, 3, 3, 2, 1), Gate(), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = torch.nn.functional.interpolate(self.down(x), scale_factor=2)
+        y: Tensor = self.out(self.gate(up, x))
+        return y.sigmoid()
+
+
+class Gate(nn.Module):
+    branches = ("up", "skip")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 1, 1)
+
+    def forward(self, up: Tensor, skip: Tensor) -> Tensor:
+        return up + self.conv(up + skip).sigmoid() * skip
+
+
+def test_a_gated_add_is_balanced_by_the_gradients_before_its_gate() -> None:
+    model, x = Gated().train(), torch.randn(4, 3, 8, 8, requires_grad=True)
+    assert [s.name for s in find_sites(model, x) if s.fuses] == ["gate.add1"]  # not the sum inside the gate
+    ratios = {}
+    for measure in ("branches", "inputs"):
+        balanced = copy.deepcopy(model)
+        (node,) = balance_fusion(balanced, x, "auto", FusionSettings(measure=measure)).values()
+        assert node.branches == ("up", "skip")
+        balanced(x).square().sum().backward()
+        update_fusion(balanced)
+        ratios[measure] = node.log_ratio()
+    assert ratios["branches"] == 0 and abs(ratios["inputs"]) > 0.1
+    model = UNet()
+    balance_fusion(model, x, ["cat0"], FusionSettings(measure="inputs"))
+    with pytest.raises(QuantizationError, match="needs a forward of 2 tensors, one a branch"):
+        model(x)
+
+
 def test_a_quantized_model_has_the_same_sites() -> None:
     model, x = UNet(), torch.randn(1, 3, 8, 8)
     fb.quantize(model, Plan((("*", LayerPlan(TensorPlan(4), TensorPlan(4))),)), verbose=False)
