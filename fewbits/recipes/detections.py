@@ -93,7 +93,9 @@ class Detections(Task[DetectionExamples]):
         rows = []
         for index in torch.linspace(0, len(self.test) - 1, min(PICTURED, len(self.test))).long().tolist():
             inputs, targets = self.test.gather([index])
-            found: dict[str, Boxes] = {"right": [(int(label), corners) for label, *corners in targets[0].tolist() if label >= 0]}
+            found: dict[str, Boxes] = {
+                "right": [(int(label), corners) for label, *corners in targets[0].tolist() if label >= 0]
+            }
             found |= {name: _seen(model, inputs) for name, model in forms.items()}
             image, there = self.test.images[index], sorted({label for boxes in found.values() for label, _ in boxes})
             palette = class_colours(len(self.classes) + 1)[1:]

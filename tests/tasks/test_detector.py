@@ -78,6 +78,7 @@ def test_a_point_finds_one_object_and_the_smallest_object_has_a_point() -> None:
     boxes[5] = torch.tensor([13.0, 13.0, 14.0, 14.0])
     got = assign(torch.full((1, 21, 2), 0.5), boxes[None], scene(boxes, torch.zeros(21, 2)), labels, corners)
     taken = got.object[0][got.weight[0] > 0]
+    assert got.weight.max() <= 1 + 1e-6, "the weight is that of one object, and not of two together"
     assert int(got.object[0, 5]) == 2 and got.weight[0, 5] == pytest.approx(1, abs=1e-3)
     best = iou(corners, boxes[None])[0, :2, 0]
     assert set(taken.tolist()) == {int(best.argmax()), 2}, "all other points are nearer to one of the two"
