@@ -68,6 +68,11 @@ def test_the_page_on_detection() -> None:
     assert names["found"].boxes.shape == (len(names["found"].labels), 4)
 
 
+def test_the_page_on_segmentation() -> None:
+    names = run("docs/segmentation.md")
+    assert 0 <= names["metrics"]["miou"] <= 100 and names["packed"] is not names["model"]
+
+
 def test_the_quantizer_and_the_layer_of_extending(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "TWINS", dict(base.TWINS))
     try:

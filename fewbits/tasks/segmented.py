@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import DataError
+from fewbits.tasks.augment import seeded
 from fewbits.tasks.data import Batch, Indices, normalize
 
 Read = Callable[[], tuple[Tensor, Tensor]]
@@ -71,13 +72,11 @@ class SegmentedImages:
         seeds = None if generator is None else torch.randint(2**62, (len(rows),), generator=generator).tolist()
         transform = self._fitted() if seeds is None else self._augmented()
         images, masks = [], []
-        with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
-            for place, row in enumerate(rows):
-                if seeds is not None:
-                    torch.default_generator.manual_seed(seeds[place])
+        for row, seed in zip(rows, seeds or [0] * len(rows)):
+            with seeded(seed):  # the transforms draw from torch's own generator
                 image, mask = transform(*_tv(self.reads[row]()))
-                images.append(image.as_subclass(Tensor))
-                masks.append(mask.as_subclass(Tensor))
+            images.append(image.as_subclass(Tensor))
+            masks.append(mask.as_subclass(Tensor))
         return normalize(torch.stack(images), self.mean, self.std), torch.stack(masks).long()
 
     def picture(self, index: int) -> Batch:
