@@ -18,8 +18,8 @@ from fewbits.errors import QuantizationError
 from fewbits.layers import BalancedFusion, QuantizedLayer, call, fusion_nodes, in_eval, remove_fusion
 from fewbits.layers.consumers import CONVOLUTIONS, Consumers, find_consumers
 from fewbits.layers.settle import channel_gains, input_sums, measure_statistics, spread_gains
-from fewbits.quantizers import N2UQ, Requantize, Uniform
-from fewbits.quantizers.requantize import whole_steps
+from fewbits.quantizers import N2UQ, Uniform
+from fewbits.quantizers.requantize import Settled, whole_steps
 
 FOLDS = ("requant", "weight")
 
@@ -76,7 +76,7 @@ def _snapped(model: nn.Module, node: BalancedFusion, consumers: Consumers, mean:
 
 def _static(quantizer: Any) -> bool:
     """Tell whether a quantizer can take a fusion in: one static uniform step."""
-    if not isinstance(quantizer, Uniform) or isinstance(quantizer, (N2UQ, Requantize)):
+    if not isinstance(quantizer, Uniform) or isinstance(quantizer, (N2UQ, Settled)):
         return False
     return quantizer.groups == 1 and quantizer.grid.step == 1 and bool(quantizer.calibrated)
 
@@ -88,7 +88,7 @@ def fold_fusion(model: nn.Module, batches: Iterable[Any], how: str = "requant") 
     for float rounding at the edge between two codes; a layer with a float input gets "weight". "weight": equal in real
     numbers; the layer's quantizers are calibrated anew on ``batches``, since gains change codes. A node stays, with its
     constants as one multiply-add, where it cannot be folded: its result goes to something else than layers, the input
-    quantizer is dynamic, per channel or has thresholds, zeros pad what "weight" would fold, or an add has unequal
+    quantizer is dynamic or per channel, zeros pad what "weight" would fold, or an add has unequal
     gains.
     Afterwards the plain operator is back. Fine-tune then, briefly, on the task loss alone (Adam, lr 2e-5), and pack.
     """
@@ -134,9 +134,9 @@ def _way(layer: Any, how: str) -> str:
     """Return "requant" or "weight", or why the layer can have neither."""
     quantizer = getattr(layer, "input_quantizer", None)
     if how == "requant" and quantizer is not None:
-        return (
-            "requant" if _static(quantizer) else f"the input quantizer {quantizer.plan.quantizer!r} cannot take it in"
-        )
+        if _static(quantizer) or (isinstance(quantizer, N2UQ) and quantizer.calibrated):
+            return "requant"
+        return f"the input quantizer {quantizer.plan.quantizer!r} cannot take it in"
     one_tap = not isinstance(layer, CONVOLUTIONS) or set(layer.kernel_size) == {1}
     if isinstance(layer, CONVOLUTIONS):
         pads = layer.padding_mode == "zeros" and layer.padding != "valid" and layer.padding != (0,) * len(layer.padding)
@@ -149,7 +149,8 @@ def _requantize(layer: Any, gains: Tensor, mu: Tensor, sigma: Tensor) -> None:
     """Give a layer the input quantizer that does gains and constants, too."""
     old: Uniform = layer.input_quantizer
     options = {"narrow": old.grid.lowest == -old.grid.highest} if old.plan.symmetric else {}
-    plan = replace(old.plan, quantizer="requantize", options=options)
+    kind = "rethreshold" if isinstance(old, N2UQ) else "requantize"
+    plan = replace(old.plan, quantizer=kind, options=options)
     new = layer.make_input_quantizer(plan).train(old.training)
     one = bool((gains == gains[0]).all())
     new.take_over(old, gains[:1] if one else gains, sigma, mu)

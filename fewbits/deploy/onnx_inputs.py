@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.deploy.onnx_activations import EmitActivation, EmitDynamic, symbolic
-from fewbits.quantizers import N2UQ, Dynamic, Quantizer, Requantize
+from fewbits.quantizers import N2UQ, Dynamic, Quantizer, Requantize, Rethreshold
 
 
 def emit_quantizer(quantizer: Quantizer, integer: bool) -> nn.Module:
     """Return what a quantizer of an activation becomes. Raises ExportError where ONNX has no form for it."""
     if isinstance(quantizer, Dynamic):
         return EmitDynamic(quantizer)
-    if isinstance(quantizer, N2UQ):
+    if isinstance(quantizer, (N2UQ, Rethreshold)):
         return EmitThresholds(quantizer)
     if isinstance(quantizer, Requantize):
         return EmitRequantize(quantizer, integer)
@@ -63,23 +63,27 @@ class EmitRequantize(EmitActivation):
 
 
 class EmitThresholds(nn.Module):
-    """N2UQ: a comparison for each threshold, their count as unsigned 8-bit codes, and DequantizeLinear."""
+    """Learned thresholds, of the tensor or of each channel: comparisons, their count as 8-bit codes, DequantizeLinear."""
 
     scale: Tensor
     point: Tensor
 
-    def __init__(self, quantizer: N2UQ) -> None:
+    def __init__(self, quantizer: N2UQ | Rethreshold) -> None:
         super().__init__()
         quantizer.require_range()
-        self.limits = [float(t) for t in quantizer.thresholds()]
+        columns = quantizer.columns() if isinstance(quantizer, Rethreshold) else quantizer.thresholds().unbind()
+        self.count = len(columns)
+        for i, column in enumerate(columns):
+            self.register_buffer(f"limit{i}", column.detach())
         self.register_buffer("scale", quantizer.affine()[0].detach().reshape(()))
         self.register_buffer("point", torch.tensor(-quantizer.grid.lowest, dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x fake-quantized, same shape, in float32."""
-        count = (x >= self.limits[0]).to(torch.float32)
-        for limit in self.limits[1:]:
-            count = count + (x >= limit).to(torch.float32)
+        passed = [(x >= self.get_buffer(f"limit{i}")).to(torch.float32) for i in range(self.count)]
+        count = passed[0]
+        for one in passed[1:]:
+            count = count + one
         given = [count.to(torch.uint8), self.scale, self.point]
         y: Tensor = symbolic("DequantizeLinear", given, dtype=torch.float32, shape=x.shape)
         return y

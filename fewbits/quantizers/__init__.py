@@ -9,28 +9,11 @@ from fewbits.quantizers.grouping import Grouping
 from fewbits.quantizers.n2uq import N2UQ
 from fewbits.quantizers.pact import PACT
 from fewbits.quantizers.recompute import recomputed
-from fewbits.quantizers.requantize import Requantize
+from fewbits.quantizers.requantize import Requantize, Rethreshold
 from fewbits.quantizers.uniform import LSQ, LSQPlus, Uniform
 
 __all__ = [
-    "LSQ",
-    "N2UQ",
-    "PACT",
-    "QUANTIZERS",
-    "BitNet",
-    "Codes",
-    "Denoise",
-    "Dynamic",
-    "DynamicSTE",
-    "Grid",
-    "Grouping",
-    "LSQPlus",
-    "ParetoQ",
-    "Quantizer",
-    "Requantize",
-    "Uniform",
-    "make_quantizer",
-    "quantizer_class",
-    "recomputed",
-    "register_quantizer",
+    "LSQ", "N2UQ", "PACT", "QUANTIZERS", "BitNet", "Codes", "Denoise", "Dynamic", "DynamicSTE", "Grid", "Grouping",
+    "LSQPlus", "ParetoQ", "Quantizer", "Requantize", "Rethreshold", "Uniform", "make_quantizer", "quantizer_class",
+    "recomputed", "register_quantizer",
 ]  # fmt: skip

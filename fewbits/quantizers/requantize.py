@@ -6,7 +6,7 @@ In ONNX it is one QuantizeLinear with a scale a channel and a moved zero point, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,17 +16,40 @@ from fewbits.plan import TensorPlan
 from fewbits.quantizers.base import register_quantizer
 from fewbits.quantizers.codes import Codes, cast
 from fewbits.quantizers.grouping import Grouping
+from fewbits.quantizers.n2uq import N2UQ
 from fewbits.quantizers.uniform import Uniform
 
 
+class Settled(Uniform):
+    """Base: made by ``fold_fusion``, or by loading what it has made; its range stays as it was then."""
+
+    tables: ClassVar[tuple[str, ...]]  # buffers with an entry for each channel, whose number is that of the fusion
+
+    def calibrate(self, x: Tensor) -> None:
+        """Raise QuantizationError: the range is that of the fusion that was folded."""
+        raise QuantizationError(f"{self.label}a fusion was folded into this quantizer: calibrate the model before that")
+
+    def reset(self) -> None:
+        """Raise QuantizationError, as ``calibrate`` does."""
+        self.calibrate(torch.empty(0))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the tables as they come: their sizes are known only from what was saved."""
+        for name in self.tables:
+            if (saved := state_dict.get(prefix + name)) is not None:
+                setattr(self, name, torch.empty_like(saved))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 @register_quantizer("requantize")
-class Requantize(Uniform):
+class Requantize(Settled):
     """Codes of x with a divisor for each channel, shifted by whole steps; decoded with the one step ``scale``.
 
-    Made by ``fold_fusion``, and by loading what it has made; its range stays. divisors [C] (or [1]): sigma s / a, in
-    units of the input. shift: k. Gradient: straight-through to x inside the clip, times the gain.
+    divisors [C] (or [1]): sigma s / a, in units of the input. shift: k. Gradient: straight-through to x inside the
+    clip, times the gain.
     """
 
+    tables = ("divisors",)
     divisors: Tensor
     shift: Tensor
 
@@ -50,20 +73,6 @@ class Requantize(Uniform):
         self.divisors = (sigma * scale) / gains
         self.shift.fill_(whole_steps(mu, sigma, scale))
         self.calibrated, self.label = 1, old.label
-
-    def calibrate(self, x: Tensor) -> None:
-        """Raise QuantizationError: the range is that of the fusion that was folded."""
-        raise QuantizationError(f"{self.label}a fusion was folded into this quantizer: calibrate the model before that")
-
-    def reset(self) -> None:
-        """Raise QuantizationError, as ``calibrate`` does."""
-        self.calibrate(torch.empty(0))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the divisors as they come: their number is known only from what was saved."""
-        if (saved := state_dict.get(f"{prefix}divisors")) is not None:
-            self.divisors = torch.empty_like(saved)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def bounds(self) -> tuple[float, float]:
         """Return the lowest and the highest code, less the zero point."""
@@ -92,6 +101,56 @@ class Requantize(Uniform):
         values = self._centered(x.detach())[0] + (0 if zero is None else zero)
         point = None if zero is None else zero.to(torch.int32)
         return Codes(values.to(torch.int32), scale.detach(), point, None, self.grid, self.grouping, x.dtype)
+
+
+@register_quantizer("rethreshold")
+class Rethreshold(Settled):
+    """As ``Requantize`` for learned thresholds T: x is held against (sigma T + mu) / a, with nothing rounded.
+
+    limits [C, levels - 1] (or one row). Gradient: straight-through at the mean slope between first and last threshold.
+    """
+
+    tables = ("limits",)
+    limits: Tensor
+
+    def __init__(self, plan: TensorPlan, grouping: Grouping, groups: int, **options: Any) -> None:
+        super().__init__(plan, grouping, groups, **options)
+        if plan.granularity != "tensor" or plan.bits > 8 or self.grid.highest - self.grid.lowest < 2:
+            raise PlanError("folded thresholds are per tensor, of 2 to 8 bits")
+        self.register_buffer("limits", torch.zeros(1, self.grid.highest - self.grid.lowest))
+        self.zero_point = None  # the lowest level is zero
+
+    def take_over(self, old: N2UQ, gains: Tensor, sigma: Tensor, mu: Tensor) -> None:
+        """Quantize x [.., C, ..] as ``old`` does (gains x - mu) / sigma; gains [C] (or [1]), one sigma and one mu."""
+        self.scale.copy_(old.affine()[0].detach())
+        self.limits = (old.thresholds()[None] * sigma + mu) / gains[:, None]
+        self.calibrated, self.label = 1, old.label
+
+    def columns(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """Return for each threshold its values, ascending, to broadcast over x."""
+        trailing = [1] * (-1 - self.grouping.axis)  # axes of activations are counted from the end
+        return [column.to(dtype).reshape(-1, *trailing) for column in self.limits.unbind(1)]
+
+    def _count(self, x: Tensor) -> Tensor:
+        wide = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        count = torch.zeros_like(wide)
+        for column in self.columns(wide.dtype):
+            count += wide >= column
+        return count + self.grid.lowest
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x fake-quantized, same shape and dtype."""
+        scale, _ = self.affine(x.dtype)
+        y = self._count(x) * scale
+        first, *_, last = self.columns(y.dtype)
+        within = ((x.to(y.dtype) - first) / (last - first)).clamp(0, 1) * ((self.limits.shape[1] - 1) * scale)
+        return cast(y + (within - within.detach()), x.dtype)
+
+    def encode(self, x: Tensor) -> Codes:
+        """Return the integer codes of x. Raises QuantizationError on NaN or Inf."""
+        self.require_finite(x)
+        scale, values = self.affine(x.dtype)[0].detach(), self._count(x).to(torch.int32)
+        return Codes(values, scale, None, None, self.grid, self.grouping, x.dtype)
 
 
 def whole_steps(mu: Tensor, sigma: Tensor, scale: Tensor) -> int:

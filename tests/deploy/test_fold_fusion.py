@@ -97,7 +97,7 @@ def test_constants_are_the_means_over_what_the_deployed_nodes_get() -> None:
     constants = calibrate_fusion(model, [x[:4], x[4:]])
     model(x)
     mean, std = node.statistics(seen[-1])
-    step = float(quantized_layers(model)["up0.0"].input_quantizer.step())  # type: ignore[union-attr, arg-type]
+    step = float(quantized_layers(model)["up0.0"].input_quantizer.step().detach())  # type: ignore[union-attr, arg-type]
     mu, sigma = constants["cat0"]
     assert sigma == pytest.approx(float(std.mean()), rel=1e-4)
     assert abs(mu - float(mean.mean())) <= sigma * step / 2 * 1.001
@@ -152,14 +152,37 @@ def test_adds_fold_with_equal_gains_only() -> None:
         assert torch.equal(model(x), want)
 
 
-def test_plain_nodes_leave_and_dynamic_or_learned_thresholds_keep_theirs() -> None:
+def test_learned_thresholds_take_a_fusion_in_and_leave_no_operator(tmp_path: Path) -> None:
+    x = torch.randn(8, 3, 16, 16)
+    model = balanced(x, quantizer="n2uq", bits=2)
+    calibrate_fusion(model, [x])
+    plain = remove_fusion(copy.deepcopy(model))
+    with torch.no_grad():
+        want = model(x)
+        assert set(fold_fusion(model, [x]).values()) == {"requant into up1.0", "requant into up0.0"}
+        assert torch.equal(model(x), want)
+    quantizer = quantized_layers(model)["up0.0"].input_quantizer
+    given = torch.randn(2, 20, 8, 8, requires_grad=True)
+    assert quantizer is not None and torch.equal(quantizer.encode(given).decode(), quantizer(given))
+    quantizer(given).sum().backward()
+    assert float((given.grad != 0).float().mean()) > 0.2  # type: ignore[union-attr]
+    packed = fb.pack(model, x)
+    for name, one in (("m", packed), ("plain", fb.pack(plain, x))):
+        fb.export_onnx(one, tmp_path / f"{name}.onnx", x)
+    assert operators(tmp_path / "m.onnx") == operators(tmp_path / "plain.onnx")
+    got = torch.from_numpy(open_session(tmp_path / "m.onnx")((x,)))
+    assert float((got - packed(x)).abs().median()) < 1e-4
+    fb.save(packed, tmp_path / "m.safetensors")
+    assert torch.equal(fb.load(tmp_path / "m.safetensors", UNet())(x), packed(x))
+
+
+def test_plain_nodes_leave_and_dynamic_quantizers_keep_theirs() -> None:
     x = torch.randn(4, 3, 16, 16)
     model = balanced(x, FusionSettings("off", norm=False))
     want = model(x)
     assert set(fold_fusion(model, [x]).values()) == {"plain"} and torch.equal(model(x), want)
-    for name in ("n2uq", "denoise"):
-        model = balanced(x, quantizer=name)
-        assert set(fold_fusion(model, [x]).values()) == {f"kept: the input quantizer {name!r} cannot take it in"}
+    model = balanced(x, quantizer="denoise")
+    assert set(fold_fusion(model, [x]).values()) == {"kept: the input quantizer 'denoise' cannot take it in"}
 
 
 def test_bad_input() -> None:
