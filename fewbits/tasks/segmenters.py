@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,9 @@ OWN_SEGMENTERS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-class MainOutput(nn.Module):
-    """A model that returns a dict, as [B, C, H, W] -> its logits "out" [B, K, H, W]."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits."""
-        logits: Tensor = self.model(x)["out"]
-        return logits
+def main_output(model: nn.Module, args: Any, outputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the logits of a model of torchvision. A hook, since it leaves the names of tensors as files have them."""
+    return outputs["out"]
 
 
 def build_segmenter(
@@ -57,7 +49,7 @@ def build_segmenter(
         raise RecipeError(f"the model {name!r} does not take the options {options}: {error}") from error
     if pretrained_path is not None:
         load_weights(model, pretrained_path, pretrained_skip)
-    return MainOutput(model) if name.startswith(LIBRARY) else model
+    return model
 
 
 def is_segmenter(name: str) -> bool:
@@ -81,6 +73,7 @@ def _library(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
         raise RecipeError(f"{name}: only the main output is trained, so aux_loss would change nothing; leave it out")
     # without weights_backbone=None it would be downloaded
     model: nn.Module = models.get_model(short, weights=None, weights_backbone=None, num_classes=num_classes, **options)
+    model.register_forward_hook(main_output)
     return model
 
 
