@@ -63,7 +63,7 @@ class EmitRequantize(EmitActivation):
 
 
 class EmitThresholds(nn.Module):
-    """Learned thresholds, of the tensor or of each channel: comparisons, their count as 8-bit codes, DequantizeLinear."""
+    """Learned thresholds, per tensor or channel: comparisons, their count as 8-bit codes, and DequantizeLinear."""
 
     scale: Tensor
     point: Tensor
