@@ -83,7 +83,7 @@ def test_the_loss_is_the_sum_of_its_parts() -> None:
     want = 0.7 * entropy + 0.4 * soft_dice(logits, masks, ignore=IGNORE, ground=0)
     assert torch.allclose(loss(nn.Identity(), (logits, masks)), want)
     nothing = torch.full_like(masks, IGNORE)
-    assert float(PixelLoss(dice=1)(nn.Identity(), (logits.requires_grad_(), nothing))) == 0
+    assert PixelLoss(dice=1)(nn.Identity(), (logits.requires_grad_(), nothing)).item() == 0
     with pytest.raises(DataError, match="not both 0"):
         PixelLoss(cross_entropy=0, dice=0)
 
