@@ -12,6 +12,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -133,7 +134,9 @@ def balance_fusion(
     sites = find_sites(model, example)
     chosen = _automatic(sites) if nodes == "auto" else _named(sites, [nodes] if isinstance(nodes, str) else nodes)
     modules = dict(model.named_modules())
-    made = {site.name: _make(site, modules[site.owner], settings) for site in chosen}
+    tensors = [*model.parameters(), *model.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")  # a module that only concatenates has none
+    made = {site.name: _make(site, modules[site.owner], settings).to(device) for site in chosen}
     for site in chosen:
         owner = modules[site.owner]
         if not isinstance(owner, FusionOwner):
@@ -180,8 +183,7 @@ def _make(site: FusionSite, owner: nn.Module, settings: FusionSettings | None) -
     own = getattr(owner, "branches", ())  # a module may name its branches
     names = tuple(own) if len(own) == len(site.branches) else site.branches
     node = BalancedFusion(names, settings, op=site.op, axis=site.axis, label=f"fusion node {site.name!r}")
-    tensors = [*owner.parameters(), *owner.buffers()]
-    return node.to(tensors[0].device if tensors else "cpu").train(owner.training)
+    return node.train(owner.training)
 
 
 def remove_fusion(model: nn.Module, names: Sequence[str] | None = None) -> nn.Module:

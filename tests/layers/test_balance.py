@@ -268,3 +268,9 @@ def test_a_node_of_the_models_own_can_be_retired() -> None:
     model, x = Own(), torch.randn(1, 3, 4, 4)
     assert list(fusion_nodes(model)) == ["join"]
     assert torch.equal(remove_fusion(model)(x), torch.cat([x, x.flip(1)], 1))
+
+
+def test_nodes_live_on_the_device_of_the_model_and_follow_it() -> None:
+    model = UNet().to("meta")
+    nodes = balance_fusion(model, torch.randn(1, 3, 8, 8, device="meta"))
+    assert list(nodes) == NODES and {n.lam.device.type for n in nodes.values()} == {"meta"}
