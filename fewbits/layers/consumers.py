@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -44,6 +44,8 @@ def find_consumers(model: nn.Module, example: Any) -> dict[str, Consumers]:
             layers = _fitting(model, axis, len(seen.entries[output].shape))
             widths = tuple(seen.entries[a].shape[axis] for a in args)
             found[paths[path]] = _consumers(model, seen, output, widths, layers)
+            if len(seen.made[path]) > 1:
+                found[paths[path]] = replace(found[paths[path]], other=("more than one run of it",))
     return found
 
 

@@ -29,7 +29,7 @@ from fewbits.layers import (
     update_fusion,
 )  # fmt: skip
 from fewbits.quantizers import Requantize
-from tests.layers.fusion_models import NODES, UNet, settled
+from tests.layers.fusion_models import NODES, Concat, UNet, settled
 
 FIXED = FusionSettings("fixed", gains=(1, 2.5))
 
@@ -63,7 +63,7 @@ def test_requant_equals_the_constant_norm(bits: int, quantizer: str, symmetric: 
     assert isinstance(quantized_layers(model)["up0.0"].input_quantizer, Requantize)
 
 
-def test_weight_equals_the_constant_norm_in_float_where_nothing_is_padded() -> None:
+def test_weight_equals_the_constant_norm_in_float_where_nothing_is_padded(tmp_path: Path) -> None:
     x = torch.randn(8, 3, 16, 16)
     model = balanced(x, kernel=1)
     calibrate_fusion(model, [x])
@@ -75,7 +75,10 @@ def test_weight_equals_the_constant_norm_in_float_where_nothing_is_padded() -> N
             torch.testing.assert_close(model(x), want, atol=1e-5, rtol=1e-5)
     assert done == {"join1.cat0": "weight into up1.0", "cat0": "weight into up0.0"}
     assert all(q.calibrated for q in [quantized_layers(model)["up0.0"].input_quantizer] if q is not None)
-    assert model(x).isfinite().all()
+    packed = fb.pack(model)  # its batch norms stay, so the layers behind the nodes have biases of their own
+    assert torch.equal(packed(x), model(x))
+    fb.save(packed, tmp_path / "m.safetensors")
+    assert torch.equal(fb.load(tmp_path / "m.safetensors", UNet(kernel=1))(x), packed(x))
 
 
 def test_weight_keeps_a_node_where_zeros_are_padded_and_the_model_as_it_was() -> None:
@@ -96,7 +99,7 @@ def test_constants_are_the_means_over_what_the_deployed_nodes_get() -> None:
     node.register_forward_pre_hook(lambda m, args: seen.append(node.fuse(args[0])))
     constants = calibrate_fusion(model, [x[:4], x[4:]])
     model(x)
-    mean, std = node.statistics(seen[-1])
+    mean, std = node.statistics(seen[-1].detach())
     step = float(quantized_layers(model)["up0.0"].input_quantizer.step().detach())  # type: ignore[union-attr, arg-type]
     mu, sigma = constants["cat0"]
     assert sigma == pytest.approx(float(std.mean()), rel=1e-4)
@@ -129,6 +132,22 @@ def test_nodes_that_cannot_be_folded_stay_as_one_multiply_add_and_say_why(tmp_pa
     fb.export_onnx(packed, tmp_path / "m.onnx", x)
     got = torch.from_numpy(open_session(tmp_path / "m.onnx")((x,)))
     torch.testing.assert_close(got, packed(x)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_node_that_runs_twice_stays() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.join, self.a, self.b = Concat(), nn.Conv2d(6, 3, 1), nn.Conv2d(6, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(self.join([self.a(self.join([x, x.flip(2)])), x]))
+            return y
+
+    model, x = Twice().eval(), torch.randn(2, 3, 6, 6)
+    balance_fusion(model, x, ["join"], FIXED)
+    fb.calibrate(fb.quantize(model, Plan((("*", LayerPlan(TensorPlan(4), TensorPlan(4))),)), verbose=False), [x])
+    assert fold_fusion(model, [x]) == {"join.cat0": "kept: its result goes to more than one run of it"}
 
 
 def test_adds_fold_with_equal_gains_only() -> None:

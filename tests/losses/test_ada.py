@@ -94,11 +94,11 @@ def test_the_step_of_each_quantizer() -> None:
     x = features()
     for name in ("lsq", "ste", "lsq+"):
         q = quantizer(name)
-        assert step_of(q, x).shape == (1, 1, 1) and float(step_of(q, x)) == pytest.approx(float(q.affine()[0]))  # type: ignore
+        assert step_of(q, x).shape == (1, 1, 1) and float(step_of(q, x)) == pytest.approx(float(q.affine()[0].detach()))  # type: ignore
     pact = quantizer("pact")
-    assert float(step_of(pact, x)) == pytest.approx(float(pact.clip) / 7)  # type: ignore[arg-type]
+    assert float(step_of(pact, x)) == pytest.approx(float(pact.clip.detach()) / 7)  # type: ignore[arg-type]
     odd = quantizer("lsq", 2, options={"odd": True})
-    assert float(step_of(odd, x)) == pytest.approx(2 * float(odd.scale))  # type: ignore[arg-type]
+    assert float(step_of(odd, x)) == pytest.approx(2 * float(odd.scale.detach()))  # type: ignore[arg-type]
     channels = quantizer("lsq", granularity="channel")
     assert step_of(channels, x).shape == (6, 1, 1)
     torch.testing.assert_close(step_of(quantizer("denoise"), x), x.std((2, 3), unbiased=False, keepdim=True))
