@@ -21,7 +21,8 @@ OVERLAP = 0.6  # IoU above which the weaker of two boxes of a class goes
 MOST = 100  # detections an image, as in COCO
 BEFORE = 1000  # of the best that are looked at, an image
 SEEN = 0.25  # score from which on a detection is drawn, and must agree
-CLOSE = 1e-2  # pixels by which corners may differ and agree
+MARGIN = 0.05  # by which the score of the other may be lower
+CLOSE = 0.9  # IoU from which on two detections of a class are the same
 STATS = ("map", "map50", "map75", "map_small", "map_medium", "map_large")  # the first six of pycocotools
 
 
@@ -102,23 +103,41 @@ def coco_map(found: Sequence[Detections], examples: DetectionExamples) -> dict[s
 
 
 def same_detections(got: Tensor, want: Tensor) -> Tensor:
-    """Tell for each detection of two batches of outputs whether the other has it, too, bool [detections].
+    """Tell for each detection in two batches of outputs whether the other output has it, too, bool [detections].
 
-    Detections of a score of ``SEEN`` or more count, those of whichever output has more; they agree in class, and in
-    corners to ``CLOSE`` pixels. An image on which neither sees anything counts as one that agrees.
+    Those of a score of ``SEEN`` or more count, of both outputs. The other has one where it has one of the same class
+    with an IoU of ``CLOSE``, and a score at most ``MARGIN`` below. An image on which neither sees anything agrees.
     """
-    return torch.cat([_same(*pair) for pair in zip(detections(got), detections(want))])
+    found = []
+    for one, other in zip(detections(got), detections(want)):
+        pairs = _pairs(one, other)
+        each = pairs.any(1)[one.scores >= SEEN], pairs.any(0)[other.scores >= SEEN]
+        found.append(torch.cat(each) if sum(map(len, each)) else torch.ones(1, dtype=torch.bool))
+    return torch.cat(found)
 
 
-def _same(got: Detections, want: Detections) -> Tensor:
-    got, want = got.above(SEEN), want.above(SEEN)
-    count = max(len(got.labels), len(want.labels))
-    if count == 0:
-        return torch.ones(1, dtype=torch.bool)
-    near = (got.boxes[:, None] - want.boxes[None]).abs().amax(-1) <= CLOSE
-    pairs = near & (got.labels[:, None] == want.labels[None])
-    agreeing = min(int(pairs.any(1).sum()), int(pairs.any(0).sum()))
-    return torch.arange(count) < agreeing
+def corner_differences(got: Tensor, want: Tensor) -> Tensor:
+    """Return by how many pixels the corners of detections differ that two batches of outputs share, [detections].
+
+    Of each detection of ``got`` with a score of ``SEEN`` or more that ``want`` has, too: the largest of its four
+    differences from the nearest one. Where activations are rounded to codes, the last digit of a sum may move one to
+    the next code, and with it the boxes around by some hundredths of a pixel, now and then by one.
+    """
+    found = []
+    for one, other in zip(detections(got), detections(want)):
+        apart = (one.boxes[:, None] - other.boxes[None]).abs().amax(-1).masked_fill(~_pairs(one, other), torch.inf)
+        nearest = apart.amin(1) if len(other.labels) else torch.full((len(one.labels),), torch.inf)
+        found.append(nearest[(one.scores >= SEEN) & nearest.isfinite()])
+    return torch.cat(found)
+
+
+def _pairs(one: Detections, other: Detections) -> Tensor:
+    """Tell which detections are the same, bool [of one, of the other]."""
+    from torchvision.ops import box_iou
+
+    near: Tensor = box_iou(one.boxes, other.boxes) >= CLOSE
+    alike = (one.scores[:, None] >= SEEN - MARGIN) & (other.scores[None] >= SEEN - MARGIN)
+    return near & alike & (one.labels[:, None] == other.labels[None])
 
 
 def _coco(examples: DetectionExamples, annotations: list[dict[str, Any]]) -> Any:

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from fewbits.errors import DataError
 from fewbits.tasks.detection import DetectionExamples, scene_examples
-from fewbits.tasks.detection_metrics import Detections, coco_map, detections, predict, same_detections, score
+from fewbits.tasks.detection_metrics import (
+    Detections,
+    coco_map,
+    corner_differences,
+    detections,
+    predict,
+    same_detections,
+    score,
+)
 from fewbits.tasks.scenes import make_scenes
 
 
@@ -106,21 +114,33 @@ def test_suppression_is_by_class_and_drops_weak_scores() -> None:
         detections(outputs((*box, float("nan"), 0.0)))
 
 
+BOX, FAR = (0, 0, 10, 10), (50, 50, 60, 60)
+
+
 @pytest.mark.parametrize(
-    ("other", "same"),
+    ("other", "count", "agreeing"),
     [
-        ([(0, 0, 10, 10.009, 0.8, 0.0), (50, 50, 60, 60, 0.0, 0.9)], [1, 1]),  # less than a hundredth of a pixel
-        ([(0, 0, 10, 10.02, 0.9, 0.0), (50, 50, 60, 60, 0.0, 0.9)], [1, 0]),
-        ([(0, 0, 10, 10, 0.0, 0.9), (50, 50, 60, 60, 0.0, 0.9)], [1, 0]),  # another class
-        ([(0, 0, 10, 10, 0.9, 0.0)], [1, 0]),
-        ([(0, 0, 10, 10, 0.9, 0.0), (50, 50, 60, 60, 0.0, 0.9), (0, 50, 9, 60, 0.0, 0.9)], [1, 1, 0]),
-        ([(0, 0, 10, 10, 0.1, 0.0)], [0, 0]),
+        ([(0, 0, 10, 10.9, 0.8, 0.0), (*FAR, 0.0, 0.9)], 4, 4),  # IoU 0.92
+        ([(0, 0, 10, 11.2, 0.9, 0.0), (*FAR, 0.0, 0.9)], 4, 2),  # IoU 0.89
+        ([(*BOX, 0.0, 0.9), (*FAR, 0.0, 0.9)], 4, 2),  # another class
+        ([(*BOX, 0.9, 0.0)], 3, 2),
+        ([(*BOX, 0.9, 0.0), (*FAR, 0.0, 0.24)], 3, 3),  # its score is only a little lower
+        ([(*BOX, 0.9, 0.0), (*FAR, 0.0, 0.19)], 3, 2),
+        ([(*BOX, 0.9, 0.0), (*FAR, 0.0, 0.9), (0, 50, 9, 60, 0.0, 0.9)], 5, 4),
     ],
 )
-def test_detections_agree_in_class_and_place(other: list[Any], same: list[int]) -> None:
-    want = outputs((0, 0, 10, 10, 0.9, 0.0), (50, 50, 60, 60, 0.0, 0.9))
-    assert same_detections(outputs(*other), want).tolist() == same
-    assert sorted(same_detections(want, outputs(*other)).tolist(), reverse=True) == same
+def test_detections_agree_in_class_and_place(other: list[Any], count: int, agreeing: int) -> None:
+    want = outputs((*BOX, 0.9, 0.0), (*FAR, 0.0, 0.26))
+    for same in (same_detections(outputs(*other), want), same_detections(want, outputs(*other))):
+        assert (len(same), int(same.sum())) == (count, agreeing)
+
+
+def test_differences_are_those_of_shared_detections_in_pixels() -> None:
+    want = outputs((*BOX, 0.9, 0.0), (*FAR, 0.0, 0.9))
+    got = outputs((0, 0.25, 10, 10, 0.9, 0.0), (0, 30, 9, 40, 0.9, 0.0))
+    assert corner_differences(got, want).tolist() == [0.25]
+    assert corner_differences(got, outputs((*BOX, 0.0, 0.0))).tolist() == []
+    assert corner_differences(want, want).tolist() == [0, 0]
 
 
 def test_images_without_detections_agree() -> None:
