@@ -25,6 +25,7 @@ from fewbits.cost import (
 from fewbits.errors import RecipeError
 from fewbits.plan import Plan
 from fewbits.recipes.images import find_weights
+from fewbits.tasks.detector import SIZES, STRIDES, own_detector
 from fewbits.tasks.language import LIBRARY, build_language_model, is_language_model
 from fewbits.tasks.models import build_model
 from fewbits.tasks.segmenters import build_segmenter, is_segmenter
@@ -34,6 +35,7 @@ LIBRARY_INPUT, LIBRARY_CLASSES = (3, 224, 224), 1000
 INPUTS = {"reference_cnn": (1, 8, 8)}  # of our own models; the others read CIFAR's images
 OWN_INPUT, OWN_CLASSES = (3, 32, 32), 10
 SEGMENTER_INPUT, SEGMENTER_CLASSES = (3, 256, 256), 21  # the classes of Pascal VOC, as torchvision's models have them
+DETECTOR_INPUT, DETECTOR_CLASSES = (3, 320, 320), 80  # COCO's classes
 WINDOW = 1024  # the most tokens of a language model's example
 
 
@@ -49,6 +51,8 @@ def named_model(
         return _language_model(name, classes, input_shape, weights)
     if is_segmenter(name):
         return _segmenter(name, classes, input_shape, weights)
+    if name in SIZES:
+        return _detector(name, classes, input_shape, weights)
     library = ":" in name
     shape = tuple(input_shape or (LIBRARY_INPUT if library else INPUTS.get(name, OWN_INPUT)))
     torch.manual_seed(0)
@@ -66,6 +70,19 @@ def _segmenter(
         raise RecipeError(f"{name!r} reads images of 3 channels: --input is 3, height and width, got {list(shape)}")
     torch.manual_seed(0)
     model = build_segmenter(name, classes or SEGMENTER_CLASSES, _file(weights))
+    return model.eval(), torch.zeros(1, *shape)
+
+
+def _detector(
+    name: str, classes: int | None, input_shape: Sequence[int] | None, weights: str | None
+) -> tuple[nn.Module, Tensor]:
+    shape = tuple(input_shape or DETECTOR_INPUT)
+    if len(shape) != 3 or shape[0] != 3 or any(side % STRIDES[-1] for side in shape[1:]):
+        raise RecipeError(f"{name!r} reads 3 x H x W with sides in multiples of {STRIDES[-1]}, got {list(shape)}")
+    torch.manual_seed(0)
+    model, path = own_detector(name, classes or DETECTOR_CLASSES), _file(weights)
+    if path is not None:
+        load_weights(model, path)
     return model.eval(), torch.zeros(1, *shape)
 
 

@@ -65,3 +65,14 @@ def test_a_segmenter_answers_every_pixel_of_its_image(tmp_path: Path) -> None:
     assert torch.equal(again.head.weight, model.head.weight)
     with pytest.raises(RecipeError, match="images of 3 channels"):
         named_model("unet_nano", input_shape=(1, 32, 32))
+
+
+def test_a_detector_reads_images_of_whole_cells(tmp_path: Path) -> None:
+    model, example = named_model("detector_nano", 3, (3, 64, 96))
+    assert model(example).shape == (1, 96 + 24 + 6, 4 + 3)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    again, _ = named_model("detector_nano", 3, None, str(tmp_path / "w.pt"))
+    assert torch.equal(next(again.parameters()), next(model.parameters()))
+    for wrong in ((1, 64, 64), (3, 50, 64), (64,)):
+        with pytest.raises(RecipeError, match="multiples of 32"):
+            named_model("detector_nano", input_shape=wrong)

@@ -10,7 +10,7 @@ from fewbits.allocate import uniform_plan
 from fewbits.deploy import align_biases, pack, verify
 from fewbits.deploy.onnx_export import export_onnx
 from fewbits.errors import DataError, RecipeError
-from fewbits.layers import calibrate, quantize
+from fewbits.layers import balance_fusion, calibrate, quantize
 from fewbits.layers.concat import Concat
 from fewbits.tasks.detection import DetectionExamples, scene_examples
 from fewbits.tasks.detection_metrics import predict, same_detections, score
@@ -41,6 +41,8 @@ def test_fusions_of_the_neck_are_modules_with_named_branches() -> None:
     found = {name: m.branches for name, m in tiny().named_modules() if isinstance(m, Concat)}
     assert list(found) == ["neck.fuse4", "neck.fuse3", "neck.fuse4_up", "neck.fuse5_up"]
     assert set(found.values()) == {("deep", "shallow")}
+    nodes = balance_fusion(tiny(), torch.randn(1, 3, 64, 64))
+    assert {name.rpartition(".")[0]: node.branches for name, node in nodes.items()} == found
 
 
 def test_points_are_the_middles_of_cells() -> None:
