@@ -31,6 +31,7 @@ ARMS: dict[str, Arm] = {
     "fewbits-lsq": partial(fewbits_arm, quantizer="lsq"),
     "fewbits-ste": partial(fewbits_arm, quantizer="ste"),
     "fewbits-denoise": partial(fewbits_arm, quantizer="denoise", act_quantizer="denoise"),
+    "fewbits-denoise-mean": partial(fewbits_arm, quantizer="mean", act_quantizer="denoise"),
     "fewbits-denoise-mask": partial(fewbits_arm, quantizer="masked", act_quantizer="masked"),
     "fewbits-denoise-weights": partial(fewbits_arm, quantizer="denoise"),
     "fewbits-ste-denoise-inputs": partial(fewbits_arm, quantizer="ste", act_quantizer="denoise"),

@@ -18,9 +18,9 @@ def fewbits_arm(
     """One quantizer for all weights and inputs; the first and the last layer at their own width, and not sparse.
 
     "denoise": affine weights per channel (linear where sparse). act_quantizer: a dynamic one, for inputs below 8 bits
-    in blocks of 128 channels of each position; None: as ``uniform_plan`` has it. "masked" in place of "denoise": at
-    one bit a threshold at the mean, and no gradient through what it clips. The rules for attention's matmuls are
-    taken out of the plan: no peer quantizes those here.
+    in blocks of 128 channels of each position; None: as ``uniform_plan`` has it. In place of "denoise", "mean" takes
+    the step of up to 4 bits from the mean magnitude, and "masked" that of one bit, with no gradient through what it
+    clips. The rules for attention's matmuls are taken out of the plan: no peer quantizes those here.
     """
     import fewbits as fb
     from fewbits.train.optim import parameter_groups
@@ -43,7 +43,7 @@ def fewbits_arm(
 def _inner(layer: Any, widths: Widths, quantizer: str, act_quantizer: str | None) -> Any:
     """Return the plan of a layer between the first and the last."""
     weight, act = layer.weight, layer.input
-    if quantizer in ("denoise", "masked"):
+    if quantizer in ("denoise", "masked", "mean"):
         weight = _plan(quantizer, widths.weight, symmetric=widths.sparsity is not None, granularity="channel")
     if act_quantizer is not None and widths.act < 8:
         act = _plan(act_quantizer, widths.act, symmetric=False, granularity="block", block=128)
@@ -54,7 +54,9 @@ def _inner(layer: Any, widths: Widths, quantizer: str, act_quantizer: str | None
 def _plan(quantizer: str, bits: int, **fields: Any) -> Any:
     from fewbits import TensorPlan
 
-    if quantizer != "masked":
-        return TensorPlan(bits, quantizer, **fields)
-    options = {"range": "absmean", "clip": "mask"} if bits == 1 else {}
-    return TensorPlan(bits, "denoise", options=options, **fields)
+    options: dict[str, Any] = {}
+    if quantizer == "masked" and bits == 1:
+        options = {"range": "absmean", "clip": "mask"}
+    elif quantizer == "mean" and bits <= 4:
+        options = {"range": "absmean"}
+    return TensorPlan(bits, "denoise" if quantizer in ("masked", "mean") else quantizer, options=options, **fields)
