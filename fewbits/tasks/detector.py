@@ -20,7 +20,8 @@ from fewbits.tasks.tood import Predictions, tood_loss
 
 STRIDES = (8, 16, 32)
 PRIOR = 0.01  # score of every class at the start: most points see nothing
-FIRST_DISTANCE = 2.0  # of a point to the sides of its box at the start, before softplus, in strides
+FIRST_DISTANCE = 1.5  # strides from a point to the sides of its box at the start: the small learn slowly, so fit them
+FARTHEST = 5.0  # logarithm of the largest distance in strides
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits [B, H * W, classes] and distances in strides [B, H * W, 4]."""
         logits, raw = self.class_out(self.class_tower(x)), self.box_out(self.box_tower(x))
-        return logits.flatten(2).mT, F.softplus(raw).flatten(2).mT
+        return logits.flatten(2).mT, raw.clamp(max=FARTHEST).exp().flatten(2).mT
 
 
 class Detector(nn.Module):
@@ -163,7 +164,7 @@ class Detector(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         for head in self.heads:
             assert isinstance(head, Head) and head.class_out.bias is not None and head.box_out.bias is not None
-            for out, bias in ((head.class_out, -math.log((1 - PRIOR) / PRIOR)), (head.box_out, FIRST_DISTANCE)):
+            for out, bias in ((head.class_out, -math.log((1 - PRIOR) / PRIOR)), (head.box_out, math.log(FIRST_DISTANCE))):
                 nn.init.normal_(out.weight, std=0.01)
                 nn.init.constant_(out.bias, bias)  # type: ignore[arg-type]
 
