@@ -164,7 +164,8 @@ class Detector(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         for head in self.heads:
             assert isinstance(head, Head) and head.class_out.bias is not None and head.box_out.bias is not None
-            for out, bias in ((head.class_out, -math.log((1 - PRIOR) / PRIOR)), (head.box_out, math.log(FIRST_DISTANCE))):
+            prior, distance = -math.log((1 - PRIOR) / PRIOR), math.log(FIRST_DISTANCE)
+            for out, bias in ((head.class_out, prior), (head.box_out, distance)):
                 nn.init.normal_(out.weight, std=0.01)
                 nn.init.constant_(out.bias, bias)  # type: ignore[arg-type]
 

@@ -31,18 +31,23 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Assignment:
-    """object: index of the object that a point is to find, int64 [B, points]; 0 where it finds none. weight: the
-    normalised alignment, [B, points]; 0 where it finds none."""
+    """What each point is to find, [B, points].
+
+    object: index of the object, int64; 0 where it finds none. weight: the normalised alignment; 0 where it finds none.
+    share: the same before it is brought to the object's largest IoU: 1 at the best point of each object.
+    """
 
     object: Tensor
     weight: Tensor
+    share: Tensor
 
 
 def tood_loss(found: Predictions, targets: Tensor) -> Tensor:
     """Return the loss of classes and boxes, a scalar. targets: [B, M, 5]; see ``DetectionExamples.gather``.
 
-    Eq. 6 and 7: classes by binary cross entropy to the alignment, with a focal weight; boxes by GIoU, weighted by the
-    alignment; both over the sum of alignments, and at least over 1: there may be no object at all.
+    Eq. 6 and 7: classes by binary cross entropy to the alignment, with a focal weight; boxes by GIoU; each over the sum
+    of its weights, and at least over 1: there may be no object at all. Unlike the paper's, boxes are weighted by their
+    share: else an object whose box is still far off, such as a small one among many large, is hardly ever fitted.
     """
     from torchvision.ops import generalized_box_iou_loss
 
@@ -50,15 +55,16 @@ def tood_loss(found: Predictions, targets: Tensor) -> Tensor:
     labels, corners = targets[..., 0].long(), targets[..., 1:]
     with torch.no_grad():
         aligned = assign(logits.sigmoid(), boxes, found, labels, corners)
-        total = aligned.weight.sum().clamp(min=1.0)
         kind = labels.clamp(min=0).gather(1, aligned.object)
         wanted = F.one_hot(kind, logits.shape[-1]) * aligned.weight[..., None]
     focus = (wanted - logits.sigmoid()).abs() ** GAMMA
     classes = (focus * F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")).sum()
+    classes = classes / aligned.weight.sum().clamp(min=1.0)
     positive = aligned.weight > 0
     truth = corners.gather(1, aligned.object[..., None].expand(-1, -1, 4))
     apart = generalized_box_iou_loss(boxes[positive], truth[positive], reduction="none")
-    loss: Tensor = (classes + BOX_WEIGHT * (aligned.weight[positive] * apart).sum()) / total
+    share = aligned.share[positive]
+    loss: Tensor = classes + BOX_WEIGHT * (share * apart).sum() / share.sum().clamp(min=1.0)
     return loss
 
 
@@ -81,8 +87,9 @@ def assign(scores: Tensor, boxes: Tensor, found: Predictions, labels: Tensor, co
     aligned = aligned.masked_fill(~chosen, -torch.inf)
     most = aligned.amax(-1, keepdim=True).clamp(min=-1e9)  # of objects without a point it is minus infinity
     reached = overlap.masked_fill(~chosen, 0.0).amax(-1, keepdim=True)
-    weight = (aligned - most).exp() * reached  # the largest of an object is its largest IoU, section 3.2.2
-    return Assignment(first[:, 0], weight.sum(1))
+    share = (aligned - most).exp()
+    weight = share * reached  # the largest of an object is its largest IoU, section 3.2.2
+    return Assignment(first[:, 0], weight.sum(1), share.sum(1))
 
 
 def inside(found: Predictions, corners: Tensor) -> Tensor:

@@ -61,16 +61,17 @@ def test_points_inside_are_assigned_by_score_and_overlap() -> None:
     corners = torch.tensor([[[0.0, 0.0, 16.0, 16.0], [0.0] * 4]])
     labels = torch.tensor([[1, -1]])
     boxes, logits = torch.zeros(21, 4), torch.full((21, 2), -9.0)
-    boxes[[0, 1, 4, 5]] = torch.tensor([[0, 0, 16, 16], [0, 0, 16, 12], [0, 0, 16, 8], [0, 0, 16, 16.0]])
+    boxes[[0, 1, 4, 5]] = torch.tensor([[0, 0, 16, 14], [0, 0, 16, 12], [0, 0, 16, 8], [0, 0, 16, 14.0]])
     logits[[0, 1, 4, 5], 1] = torch.tensor([0.0, 2.0, 0.0, -1.0])
     found = scene(boxes, logits)
     points = inside(found, corners)[0, 0].nonzero()[:, 0].tolist()
     assert points == [0, 1, 4, 5, 16, 20], "the middle of the coarsest cell is on the corner"
     got = assign(found.logits.sigmoid(), found.boxes, found, labels, corners)
-    s, u = torch.tensor([0.0, 2.0, 0.0, -1.0]).sigmoid(), torch.tensor([1.0, 0.75, 0.5, 1.0])
+    s, u = torch.tensor([0.0, 2.0, 0.0, -1.0]).sigmoid(), torch.tensor([0.875, 0.75, 0.5, 0.875])
     t = s * u**6
-    torch.testing.assert_close(got.weight[0, [0, 1, 4, 5]], t / t.max(), rtol=1e-4, atol=1e-6)
-    assert got.weight[0].sum() == pytest.approx(float((t / t.max()).sum()), abs=1e-6)
+    torch.testing.assert_close(got.share[0, [0, 1, 4, 5]], t / t.max(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got.weight, 0.875 * got.share)
+    assert got.share[0].sum() == pytest.approx(float((t / t.max()).sum()), abs=1e-6)
 
 
 def test_a_point_finds_one_object_and_the_smallest_object_has_a_point() -> None:
