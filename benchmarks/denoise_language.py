@@ -115,10 +115,12 @@ ARMS = (
 def main() -> None:
     """Run what is missing, or print the table of what is there."""
     args = arguments()
+    rows = read(args.out)
+    alike = [row for row in rows if (row["size"], row["steps"]) == (args.size, args.steps)]
     if args.chart is not None:
-        args.chart.write_text(chart(read(args.out), args.bits), encoding="utf-8")
+        args.chart.write_text(chart(alike, args.bits), encoding="utf-8")
     if args.table or args.pareto:
-        print(table(read(args.out)) if args.table else pareto(read(args.out), args.block))
+        print(table(alike) if args.table else pareto(rows, args.block))
     if args.table or args.pareto or args.chart is not None:
         return
     torch.set_num_threads(args.threads)
