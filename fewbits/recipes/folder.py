@@ -27,7 +27,7 @@ RESULTS = (
     "recipe.yaml", "plan.json", "metrics.jsonl", "checkpoints", "model.safetensors", "model.onnx", "result.json",
     "report.html",
 )  # fmt: skip
-INNER = ("steps", "float", "search", "tensorboard")  # and what a run needs for itself
+INNER = ("steps", "float", "finetune", "search", "tensorboard")  # and what a run needs for itself
 
 
 class RunFolder:

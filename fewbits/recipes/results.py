@@ -47,6 +47,8 @@ def write_result(
     report shows of a search.
     """
     recipe, plan = folder.recipe(), Plan.load(folder / "plan.json")
+    quantized = dict(measured["quantized"])
+    fusion = quantized.pop("fusion", None)
     shape = model_shape(original, task.sample(1))
     sizes = size(plan, shape)
     weights, file_bytes = shape.numel * 4, measured["packed"]["file_bytes"]
@@ -66,7 +68,7 @@ def write_result(
         "float": {**measured["float"], "size_bytes": weights + shape.float_bytes, "weight_bytes": weights},
         "calibrated": measured["calibrated"],
         "quantized": {
-            **measured["quantized"],
+            **quantized,
             "avg_weight_bits": sizes.average_weight_bits,
             "size_bytes": sizes.total,
             "weight_bytes": sizes.codes + sizes.scales,
@@ -86,6 +88,8 @@ def write_result(
     }
     if search is not None:
         result["search"] = search
+    if fusion is not None:
+        result["fusion"] = fusion
     if recipe.budget is not None and recipe.budget.hardware is not None:
         result["hardware"] = hardware_entry(recipe.budget.hardware, plan, model, shape)
     result = dict(finite(result))

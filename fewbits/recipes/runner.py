@@ -8,28 +8,28 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from fewbits.deploy import align_biases, code_mismatches, load, pack, save, verify
+from fewbits.deploy import align_biases, code_mismatches, fold_fusion, load, pack, save, verify
 from fewbits.deploy.onnx_export import export_float, export_onnx
-from fewbits.deploy.verify import Agreement, open_session
-from fewbits.errors import ExportError
-from fewbits.layers import calibrate, quantize
+from fewbits.layers import balance_fusion, calibrate, quantize, settle_fusion
 from fewbits.plan import Plan
+from fewbits.recipes.faithful import Compared, onnx_metrics, require_faithful
 from fewbits.recipes.folder import RunFolder
+from fewbits.recipes.fusing import aligned, check_fusion, fold, require_foldable
 from fewbits.recipes.planning import check_plan, make_plan
 from fewbits.recipes.results import write_result
-from fewbits.recipes.schema import Export, Recipe, Training
+from fewbits.recipes.schema import Export, Fusion, Recipe, Training
 from fewbits.recipes.searching import search, search_entry
-from fewbits.recipes.task import Pair, Task
+from fewbits.recipes.task import Pair
 from fewbits.recipes.tasks import load_task
 from fewbits.report.text import measure, metric
-from fewbits.train import Batches, fit
+from fewbits.train import BalanceFusion, Batches, Hook, fit
+from fewbits.train.loop import Loss
 
 Say = Callable[[str], None]
 
@@ -64,16 +64,21 @@ class _Run:
         """See ``finish``."""
         measured = {"float": self.once("float", self.train_float, keep=True)}
         original = copy.deepcopy(self.model)
+        if (fusion := self.recipe.fusion) is not None:
+            balance_fusion(self.model, self.task.sample(2), fusion.nodes, fusion.settings())
+            self.once("settle", self.settle, keep=True)
         searched = self.recipe.search is not None
         found = self.once("search", self.search) if searched else self.once("plan", self.plan)
-        plan = Plan.load(self.folder / "plan.json")
+        plan = self.made_plan
         if self.recipe.from_scratch:
             self.model, _ = self.task.build(self.recipe)
         quantize(self.model, plan, verbose=not self.folder.done("calibrate"))
         if searched:
             self.model.load_state_dict(self.folder.state("searched"))
         measured["calibrated"] = self.once("calibrate", self.calibrate, keep=True)
-        measured["quantized"] = self.once("train", self.train, keep=True)
+        measured["quantized"] = self.once("train", functools.partial(self.train, original), keep=True)
+        if fusion is not None:
+            measured["quantized"] |= self.folded(fusion)
         measured["packed"] = self.once("pack", functools.partial(self.pack, original))
         if self.recipe.export is not None:
             packed = load(self.folder / "model.safetensors", copy.deepcopy(original))
@@ -100,6 +105,7 @@ class _Run:
         if training is not None:
             given = self.task.sample(1), self.task.sensitivity(self.recipe), self.task.loss()
             check_plan(self.model, self.recipe, *given)
+            check_fusion(self.model, self.recipe, self.task.sample(2))
             self.fit(training, "float", self.folder / "float")
         return self.measure(self.model)
 
@@ -119,16 +125,57 @@ class _Run:
         entry = search_entry(found)
         return {"status": found.status, "message": found.message, "missed": found.missed, "search": entry}
 
+    def settle(self) -> dict[str, Any]:
+        """Undo what the norms of the fusion nodes did to the float model."""
+        return {"settled": settle_fusion(self.model, self.task.calibration(self.recipe)), **self.measure(self.model)}
+
     def calibrate(self) -> dict[str, Any]:
         """Set the ranges of activations; a search has done so."""
         if self.recipe.search is None:
             calibrate(self.model, self.task.calibration(self.recipe))
+        if self.recipe.fusion is not None:
+            require_foldable(self.model, self.recipe.fusion, self.task.calibration(self.recipe))
         return self.measure(self.model)
 
-    def train(self) -> dict[str, Any]:
+    def train(self, teacher: nn.Module) -> dict[str, Any]:
         """Train the quantized model; the last weights are the result, there is no choice among epochs."""
-        if self.recipe.qat is not None:
-            self.fit(self.recipe.qat, "train", self.folder.path, Plan.load(self.folder / "plan.json"))
+        qat, loss, hooks = self.recipe.qat, None, list[Hook]()
+        if qat is not None:
+            if self.recipe.alignment is not None:
+                plain = self.task.loss(qat.label_smoothing)
+                loss = aligned(plain, self.model, copy.deepcopy(teacher), self.recipe.alignment)
+            if self.recipe.fusion is not None:
+                hooks = [BalanceFusion(self.recipe.fusion.freeze_at)]
+            self.fit(qat, "train", self.folder.path, self.made_plan, loss, hooks)
+        return self.trained()
+
+    def folded(self, rules: Fusion) -> dict[str, Any]:
+        """Fold the fusion nodes into what follows them, and train on for a little; return the metrics after it."""
+        before, batches = self.folder.done("fold"), self.task.calibration(self.recipe)
+        found = self.once("fold", lambda: fold(self.model, rules, batches, lambda m: self.measure(m)["metrics"]))
+        if before:  # by the run that was stopped; its weights are those of the training, or come with the next step
+            fold_fusion(self.model, batches, rules.fold)
+        last = self.once("finetune", functools.partial(self.finetune, rules), keep=True)
+        if rules.finetune_steps:
+            found["forms"]["fine-tuned"] = last["metrics"]
+        return {**last, "fusion": found}
+
+    def finetune(self, rules: Fusion) -> dict[str, Any]:
+        """Train the folded model on the task alone."""
+        assert self.recipe.qat is not None  # schema saw to it
+        if rules.finetune_steps:
+            changes = {"optimizer": "adamw", "lr": rules.finetune_lr, "weight_decay": 0.0, "warmup_steps": 0,
+                       "epochs": None, "max_steps": rules.finetune_steps, "ema": None}  # fmt: skip
+            self.fit(self.recipe.qat.model_copy(update=changes), "finetune", self.folder / "finetune")
+        return self.trained()
+
+    @property
+    def made_plan(self) -> Plan:
+        """The plan of this run."""
+        return Plan.load(self.folder / "plan.json")
+
+    def trained(self) -> dict[str, Any]:
+        """Bring the trained model to its last form, and measure it."""
         export, moved = self.recipe.export, {}
         if export is not None and export.align_biases and export.mode == "fastest":
             moved = align_biases(self.model, self.task.sample(2))
@@ -187,19 +234,28 @@ class _Run:
             "notes": list(report.notes),
         }
 
-    def fit(self, training: Training, stage: str, out: Path, plan: Plan | None = None) -> None:
-        """Train the model from where it is, or from the last checkpoint in ``out``."""
+    def fit(
+        self,
+        training: Training,
+        stage: str,
+        out: Path,
+        plan: Plan | None = None,
+        loss: Loss | None = None,
+        hooks: Sequence[Hook] = (),
+    ) -> None:
+        """Train the model from where it is, or from the last checkpoint in ``out``; loss: None for the task's."""
         task, size = self.task, self.recipe.evaluate.batch_size
         validation = task.validation
         fit(
             self.model,
             Batches(task.train, training.batch_size, seed=self.recipe.seed),
-            task.loss(training.label_smoothing),
+            loss or task.loss(training.label_smoothing),
             training.fit_config(self.recipe.seed),
             evaluate=None if validation is None else lambda model: task.evaluate(model, validation, size),
             out=out,
             plan=plan,
             stage=stage,
+            hooks=hooks,
             resume=True,
         )
         self.model.cpu()
@@ -211,41 +267,3 @@ class _Run:
     def measure(self, model: nn.Module) -> dict[str, Any]:
         """Return the metrics on the test examples."""
         return {"metrics": self.task.score(self.answers(model), self.task.test)}
-
-
-class Compared:
-    """What is seen of the outputs of a trained model, of its packed form, and of that with folded norms."""
-
-    def __init__(self, agreement: Agreement) -> None:
-        self.agreement = agreement
-        self.bit_equal, self.max_abs_diff, self.agreeing, self.count = True, 0.0, 0, 0
-
-    def watch(self, trained: Iterator[Pair], packed: Iterator[Pair], folded: Iterator[Pair]) -> Iterator[Pair]:
-        """Compare batch by batch, and pass on the outputs of the last."""
-        for (want, _), (exact, _), (got, right) in zip(trained, packed, folded, strict=True):
-            self.bit_equal &= torch.equal(want, exact)
-            self.max_abs_diff = max(self.max_abs_diff, float((got - want).abs().max()))
-            same = self.agreement(got, want)
-            self.agreeing, self.count = self.agreeing + int(same.sum()), self.count + len(same)
-            yield got, right
-
-
-def onnx_metrics(path: Path, task: Task[Any], batch_size: int, threads: int) -> dict[str, Any]:
-    """Return the metrics of an ONNX file in ONNX Runtime."""
-    run = open_session(path, threads)
-    return task.evaluate(lambda x: torch.from_numpy(run((x,))), task.test, batch_size)
-
-
-def require_faithful(result: dict[str, Any], recipe: Recipe) -> None:
-    """Raise ExportError where the packed or the exported model does not answer as the trained one."""
-    packed, onnx = result["packed"], result["onnx"]
-    if packed["code_mismatches"] or not packed["bit_equal_before_folding"]:
-        raise ExportError(
-            f"the packed model is not the trained one: {packed['code_mismatches']} codes differ, logits before norms "
-            f"are folded are {'equal' if packed['bit_equal_before_folding'] else 'not equal'}; see result.json"
-        )
-    if recipe.export is not None and onnx["top1_agreement"] < recipe.export.min_agreement:
-        raise ExportError(
-            f"ONNX Runtime gives the packed model's answer for {onnx['top1_agreement']:.2f} % of the test examples, "
-            f"export.min_agreement asks for {recipe.export.min_agreement:g} %; see result.json"
-        )

@@ -194,6 +194,66 @@ class Segmentation(Section):
         return self
 
 
+class Fusion(Section):
+    """Gains and norms where branches of different depth meet, in qat; folded away after it (fusion.md)."""
+
+    nodes: list[str] | Literal["auto"] = "auto"
+    """Names of cats and adds, such as `neck.up.cat0`; auto: those that fuse different scales."""
+    mode: Literal["controller", "fixed", "learned", "off"] = "controller"
+    """Who moves the gains: controller, nobody (fixed), or the loss (learned); off: no gains."""
+    options: dict[str, Any] = {}
+    """Further fields of `FusionSettings`, e.g. `gains`, `norm` or `eta`."""
+    freeze_at: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Share of the steps of qat after which the gains stay."""
+    fold: Literal["requant", "weight"] = "requant"
+    """What takes the constants in: the next input quantizer (requant) or the next weight."""
+    finetune_steps: NotNegative = 0
+    """Steps after folding, as in qat but with the optimizer and the rate of the next lines, of the task loss alone."""
+    finetune_lr: Positive = 2e-5
+    """Their learning rate, with adamw and without weight decay."""
+
+    @model_validator(mode="after")
+    def _balanceable(self) -> Fusion:
+        from fewbits.errors import PlanError
+
+        try:
+            self.settings()
+        except (PlanError, TypeError) as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def settings(self) -> Any:
+        """Return the ``FusionSettings``. Raises PlanError for a value out of range, TypeError for an unknown one."""
+        from fewbits.layers import FusionSettings
+
+        return FusionSettings(mode=self.mode, **self.options)
+
+
+class Alignment(Section):
+    """Attention maps of the model aligned with those of its float form, in qat (fusion.md)."""
+
+    taps: Annotated[list[str], Field(min_length=1)]
+    """Modules whose features are compared, by name: blocks that feed the head."""
+    options: dict[str, Any] = {}
+    """Fields of `AttentionAlignment`, e.g. `divergence: kl` or `weight`."""
+
+    @model_validator(mode="after")
+    def _alignable(self) -> Alignment:
+        from fewbits.errors import TrainingError
+
+        try:
+            self.settings()
+        except (TrainingError, TypeError) as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def settings(self) -> Any:
+        """Return the ``AttentionAlignment``. Raises TrainingError for a bad value, TypeError for an unknown one."""
+        from fewbits.losses import AttentionAlignment
+
+        return AttentionAlignment(**self.options)
+
+
 class PlanRules(Section):
     """Which layer is quantized how."""
 
@@ -343,6 +403,10 @@ class Recipe(Section):
     """Search the plan by training and measuring; null: decide it without."""
     qat: Training | None = None
     """Quantization-aware training; null: calibration only."""
+    fusion: Fusion | None = None
+    """Balance the branches of fusion nodes in qat; null: leave them plain."""
+    alignment: Alignment | None = None
+    """Align attention maps with the float model's in qat; null: train on the task alone."""
     from_scratch: bool = False
     """Begin quantization-aware training at the initial weights, not at those that `float_training` ended with."""
     export: Export | None = Export()
@@ -377,6 +441,14 @@ class Recipe(Section):
             raise ValueError(f"the section segmentation is for that task, this is {self.task}")
         if self.from_scratch and self.qat is None:
             raise ValueError("from_scratch needs qat: without it nothing would be trained")
+        for name in ("fusion", "alignment"):
+            if getattr(self, name) is None:
+                continue
+            if self.qat is None:
+                raise ValueError(f"{name} is for qat: add that section, or leave {name} out")
+            if self.search is not None or self.from_scratch:
+                other = "search" if self.search is not None else "from_scratch"
+                raise ValueError(f"{name} and {other} do not go together: drop one of them")
         return self
 
     def _check_search(self) -> None:
@@ -419,6 +491,9 @@ class Recipe(Section):
                 short = {"epochs": None, "max_steps": smoke.steps, "batch_size": min(16, training.batch_size)}
                 often = {"log_every": 1, "checkpoint_every": 2, "warmup_steps": 0}
                 changes[name] = training.model_copy(update=short | often)
+        if self.fusion is not None:
+            steps = min(self.fusion.finetune_steps, smoke.steps)
+            changes["fusion"] = self.fusion.model_copy(update={"finetune_steps": steps})
         if self.search is not None:
             few_epochs = {"epochs_reference": 1, "epochs_cluster": 1, "epochs_refine": 1, "steps": 2, "rounds": 1}
             small = {"steps_per_epoch": smoke.steps, "batch_size": min(16, self.search.batch_size), "warmup_steps": 0}

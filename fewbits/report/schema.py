@@ -172,6 +172,23 @@ class Hardware(Part):
     layers: list[HardwareLayer] = []
 
 
+class FusionNode(Part):
+    """One balanced node. log_ratio: of the branches' gradient energies at the end. folded: what took it in."""
+
+    name: str
+    branches: list[str] = []
+    gains: list[float] = []
+    log_ratio: float | None = None
+    folded: str = ""
+
+
+class Fusion(Part):
+    """Balanced fusion. forms: metrics of the trained model with the true norm, with constants, and after folding."""
+
+    forms: dict[str, dict[str, Any]] = {}
+    nodes: list[FusionNode] = []
+
+
 class Tile(Part):
     """One picture as a data URI, and what it shows."""
 
@@ -213,6 +230,8 @@ class Result(Part):
     environment: dict[str, Any] | None = None
     search: Search | None = None
     hardware: Hardware | None = None
+    fusion: Fusion | None = None
+    headline: str | None = None
 
     @property
     def forms(self) -> list[tuple[str, Measured]]:
