@@ -17,6 +17,7 @@ import argparse
 import copy
 import fcntl
 import json
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -152,13 +153,17 @@ class Bench:
         self.write(**key, steps=steps, batch=self.args.batch, top1=top1, seconds=seconds, setup=setup)
         return float(top1)
 
-    def train_model(self, model: nn.Module, seed: int, lr: float, steps: int, groups: Any, *, first: int = 0) -> None:
-        """Train in a plain loop, the same for every arm, on the batches from number ``first`` on."""
+    def train_model(
+        self, model: nn.Module, seed: int, lr: float, steps: int, groups: Any, *, first: int = 0, of: int | None = None
+    ) -> None:
+        """Train in a plain loop, the same for every arm: steps from number ``first`` on, of a schedule over ``of``."""
         torch.manual_seed(seed)
         decay = 1e-4
         parameters = groups(lr, decay) if groups else [{"params": list(model.parameters()), "weight_decay": decay}]
         optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        total = of or first + steps
+        cosine = lambda step: (1 + math.cos(math.pi * (first + step) / total)) / 2  # noqa: E731
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
         batches = Batches(self.train, self.args.batch, seed=seed)
         model.train()
         for step in range(first, first + steps):

@@ -49,11 +49,14 @@ PLANNED: dict[str, dict[str, Any]] = {  # arms that plan, then train once: optio
     "hessian": {"method": "solver", "sensitivity": "hessian"},
     "fisher": {"method": "solver", "sensitivity": "fisher"},
     "measured": {"method": "solver", "sensitivity": "measured"},
+    "sigma_plain": {"method": "sigma", "kl": "plain"},
     "sigma_untrained": {"method": "sigma"},
 }
-SEARCHED = ("sigma", "sigma_fisher")  # the paper's, and our hybrid with moves by Fisher information
+UNTRAINED = {"epochs_reference": 0, "epochs_cluster": 0, "epochs_refine": 0, "patience": 10}
+# the search on calibrated models; our hybrid with moves by Fisher information; the paper's, which trains each step
+SEARCHED = ("sigma", "sigma_fisher", "sigma_trained")
 ARMS = (*PLANNED, *SEARCHED, "mct")
-DEFAULT_ARMS = tuple(arm for arm in ARMS if arm not in ("mse", "mct"))
+DEFAULT_ARMS = tuple(arm for arm in ARMS if arm != "mct")
 
 
 class Lab(Bench):
@@ -157,22 +160,24 @@ class Lab(Bench):
         return {"loss": cross_entropy, "batches": [batches.batch(0, i) for i in range(self.args.batches)]}
 
     def search(self, arm: str, percent: float, seed: int) -> tuple[fb.Plan, nn.Module, int, dict[str, Any]]:
-        """Run ``sigma_search``; its training counts into the total.
+        """Run ``sigma_search``.
 
         The floor is the INT8 model's accuracy, which makes the search spend its whole size; the buffer of the size is
-        a thousandth of INT8, which makes a point above the budget count as far off. It does not give up before its
-        steps are used: each trains too little to judge it by.
+        a thousandth of INT8, which makes a point above the budget count as far off. What ``sigma_trained`` trains in
+        its search counts into the total; the others only set ranges and statistics of batch norms anew at each step.
         """
         from fewbits.allocate.sigma import sigma_search
 
         args, model, start = self.args, self.float_model(seed), time.perf_counter()
         counted = Counted(self, seed, args.epoch_steps, args.steps)
-        moves = counted.moves(args.rounds, args.phase_epochs, args.final_share)
-        settings = {
-            "rounds": args.rounds, "epochs_reference": args.phase_epochs, "epochs_cluster": args.phase_epochs,
-            "epochs_refine": 1, "evaluate_every": args.phase_epochs, "steps": moves, "patience": max(1, moves),
-            "move": args.move or max(2, len(model_shape(model).layers) // 5), "cost_buffer": 0.001, "seed": seed,
-        } | dict(args.sigma or ())  # fmt: skip
+        settings: dict[str, Any] = dict(UNTRAINED)
+        if arm == "sigma_trained":
+            moves = counted.moves(args.rounds, args.phase_epochs, args.final_share)
+            phase = args.phase_epochs
+            settings = {"rounds": args.rounds, "epochs_reference": phase, "epochs_cluster": phase, "epochs_refine": 1,
+                        "evaluate_every": phase, "steps": moves}  # fmt: skip
+        settings |= {"move": args.move or max(2, len(model_shape(model).layers) // 5), "cost_buffer": 0.001,
+                     "seed": seed} | dict(args.sigma or ())  # fmt: skip
         result = sigma_search(
             model,
             fb.Budget(average_bits=0.08 * percent, accuracy_drop=0.0),
@@ -220,11 +225,11 @@ class Counted:
         self.lab, self.seed, self.epoch_steps, self.total, self.done = lab, seed, epoch_steps, total, 0
 
     def finetune(self, model: nn.Module, epochs: int) -> None:
-        """Train for so many epochs, with a cosine schedule of its own."""
+        """Train for so many epochs, which go on in the one cosine schedule over the total."""
         steps = min(epochs * self.epoch_steps, self.total - self.done)
         if steps:
             lab = self.lab
-            lab.train_model(model, self.seed, lab.args.lr, steps, lab.groups(model), first=self.done)
+            lab.train_model(model, self.seed, lab.args.lr, steps, lab.groups(model), first=self.done, of=self.total)
         self.done += steps
 
     def moves(self, rounds: int, phase_epochs: int, final_share: float) -> int:
@@ -292,10 +297,10 @@ def arguments() -> argparse.Namespace:
     add("--batches", type=int, default=4, help="of 64 images, for a sensitivity that needs data")
     add("--search-images", type=int, default=512, help="held-out images that a search measures on")
     add("--search-batches", type=int, default=1, help="of 128 images, on which each step of a search calibrates")
-    add("--epoch-steps", type=int, default=4, help="steps that a search calls an epoch")
-    add("--phase-epochs", type=int, default=4, help="of the INT8 reference and of each round of phase 1")
-    add("--rounds", type=int, default=2, help="of phase 1")
-    add("--final-share", type=float, default=0.3, help="of the steps, kept for after the search")
+    add("--epoch-steps", type=int, default=4, help="steps that sigma_trained calls an epoch")
+    add("--phase-epochs", type=int, default=2, help="of its INT8 reference and of each of its rounds")
+    add("--rounds", type=int, default=1, help="of phase 1 of sigma_trained")
+    add("--final-share", type=float, default=0.4, help="of the steps, kept for after the search of sigma_trained")
     add("--move", type=int, default=0, help="layers a step of phase 2; 0: a fifth of all, at least 2")
     add("--sigma", nargs="*", type=setting, help="further settings of the search, NAME=VALUE")
     add("--threads", type=int, default=1)

@@ -43,7 +43,7 @@ class SearchSettings:
     cost. seed: each step seeds the global generators from it. Raises PlanError for a value out of range.
     """
 
-    kl: str = "plain"
+    kl: str = "spread"
     rank: str = "current"
     alpha: float = 0.0
     sigma_norm: str = "z"
