@@ -138,7 +138,7 @@ def test_a_folder_of_another_search_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="written by another search: targets was"):
         searched(Budget(average_bits=7), state=tmp_path)
     with pytest.raises(CheckpointError, match="settings was"):
-        searched(Budget(average_bits=8), state=tmp_path, kl="spread")
+        searched(Budget(average_bits=8), state=tmp_path, kl="plain")
     with pytest.raises(CheckpointError, match="sigmas was"):
         searched(Budget(average_bits=8), state=tmp_path, model=deep(seed=1), layers=9)
     (tmp_path / "search.pt").write_bytes(b"broken")
