@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,8 +140,8 @@ def run(case: Case, budget: int, method: str, args: argparse.Namespace) -> dict[
         **measured(model, case),
     }
     if case.train is not None and args.steps:
-        train(model, case.train, args)
-        row["top1_trained"] = measured(model, case)["top1"]
+        trained = (trained_once(model, case.train, args, seed) for seed in args.seeds)
+        row["top1_trained"] = [measured(each, case)["top1"] for each in trained]
     return row
 
 
@@ -160,12 +161,13 @@ def measured(model: nn.Module, case: Case) -> dict[str, float]:
     return {"top1": 100 * right / total, "agreement": 100 * same / total, "images": total}
 
 
-def train(model: nn.Module, images: LabelledImages, args: argparse.Namespace) -> None:
-    """Train with Adam (norms are folded in the files, so that plain SGD would need a rate of its own a layer)."""
-    torch.manual_seed(0)
+def trained_once(model: nn.Module, images: LabelledImages, args: argparse.Namespace, seed: int) -> nn.Module:
+    """Return a trained copy: by Adam, as norms are folded in the files, and SGD would need a rate of its own a layer."""
+    torch.manual_seed(seed)
+    model = copy.deepcopy(model)
     optimizer = torch.optim.Adam(parameter_groups(model, args.lr, 0.0))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-    batches = Batches(images, 64, seed=0)
+    batches = Batches(images, 64, seed=seed)
     model.train()
     for step in range(args.steps):
         loss = cross_entropy(model, batches.batch(step // len(batches), step % len(batches)))
@@ -173,6 +175,7 @@ def train(model: nn.Module, images: LabelledImages, args: argparse.Namespace) ->
         loss.backward()
         optimizer.step()
         schedule.step()
+    return model
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -184,11 +187,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         elif row["method"] == "float":
             shown = [f"{row['size_bytes'] / 1000:.1f} kB", "32", _shown(row), ""]
         else:
-            trained = f"{row['top1_trained']:.2f} %" if "top1_trained" in row else ""
+            trained = _mean(row["top1_trained"]) if "top1_trained" in row else ""
             shown = [f"{row['size_bytes'] / 1000:.1f} kB", f"{row['average_bits']:.2f}", _shown(row), trained]
         budget = f"{row['budget'] / 1000:g} kB" if row["budget"] else ""
         lines.append(f"| {row['model']} | {budget} | {row['method']} | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread} %"
 
 
 def _shown(row: dict[str, Any]) -> str:
@@ -234,6 +242,7 @@ def arguments() -> argparse.Namespace:
     add("--first-last", type=int, default=None, help="least bits of the two ends; the autoencoder's hold most weights")
     add("--steps", type=int, default=200, help="of training, for image classification")
     add("--lr", type=float, default=2e-5)
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of that training")
     add("--threads", type=int, default=1)
     add("--table", action="store_true", help="print the table of the finished runs")
     return parser.parse_args()
