@@ -162,7 +162,7 @@ def measured(model: nn.Module, case: Case) -> dict[str, float]:
 
 
 def trained_once(model: nn.Module, images: LabelledImages, args: argparse.Namespace, seed: int) -> nn.Module:
-    """Return a copy trained by Adam: norms are folded in the files, so that SGD would need a rate of its own a layer."""
+    """Return a copy trained by Adam: norms are folded in the files, and SGD would need a rate of its own a layer."""
     torch.manual_seed(seed)
     model = copy.deepcopy(model)
     optimizer = torch.optim.Adam(parameter_groups(model, args.lr, 0.0))
