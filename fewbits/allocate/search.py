@@ -56,9 +56,11 @@ class Search:
     def run(self) -> SearchState:
         """Do the steps that are left. Raises SearchError for what ``finetune`` and ``evaluate`` raise, and for NaN.
 
-        The state of the last whole step is in the folder then, and its log in the error.
+        The state of the last whole step is in the folder then, and its log in the error. Raises CheckpointError for a
+        folder that cannot be written, before any step.
         """
         state = self.state
+        self.folder.require_writable(state)
         if state.now is not None:
             self.subject.restore(state.now.bits, state.now.weights)
         while state.status is None:

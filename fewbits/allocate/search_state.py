@@ -103,22 +103,35 @@ class SearchFolder:
             )
         return state
 
+    def require_writable(self, state: SearchState) -> None:
+        """Write the log alone: what ``save`` would raise is told before any work."""
+        self._write({LOG: _told(state)})
+
     def save(self, state: SearchState) -> None:
         """Write the state, whole or not at all. Raises CheckpointError where it cannot be written."""
         if self.path is None:
             return
         buffer = io.BytesIO()
         torch.save(state.to_dict(), buffer)
-        told = {"phase": state.phase, "status": state.status, "accuracies": state.accuracies, "steps": state.log}
+        self._write({STATE: buffer.getvalue(), LOG: _told(state)})
+
+    def _write(self, files: dict[str, bytes]) -> None:
+        if self.path is None:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _put(self.path / STATE, buffer.getvalue())
-            _put(self.path / LOG, (json.dumps(told, indent=1) + "\n").encode())
+            for name, payload in files.items():
+                _put(self.path / name, payload)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write the state of the search to {self.path}: {error}; free some space or choose another "
                 "folder, then search again"
             ) from error
+
+
+def _told(state: SearchState) -> bytes:
+    told = {"phase": state.phase, "status": state.status, "accuracies": state.accuracies, "steps": state.log}
+    return (json.dumps(told, indent=1) + "\n").encode()
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -146,6 +146,15 @@ def test_a_folder_of_another_search_is_refused(tmp_path: Path) -> None:
         searched(Budget(average_bits=8), state=tmp_path)
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    accuracy, trained = Accuracy(), list[int]()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(CheckpointError, match="cannot write the state of the search to .*choose another folder"):
+            searched(Budget(average_bits=4), accuracy, state=path, finetune=lambda model, n: trained.append(n))
+    assert accuracy.calls == 0 and not trained
+
+
 class Toy:
     """A subject that is its bits: nothing is trained, so that many searches are quick."""
 
