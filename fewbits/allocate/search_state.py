@@ -33,8 +33,8 @@ class Mark:
 
 @dataclass
 class SearchState:
-    """given: what a resumed search must have in common with this one. phase: "reference", "cluster", "refine" or
-    "done". rounds, steps: done, of phase 1 and 2. now, reference, stable: see ``Mark``. best: least distance so far.
+    """given: what a resumed search must have in common with this one. phase: "reference", "cluster" or "refine".
+    rounds, steps: done, of phase 1 and 2. now, reference, stable: see ``Mark``. best: least distance so far.
     bad: steps in a row that came no nearer. seen: bits that were tried. log: one entry a step.
     """
 
@@ -92,9 +92,13 @@ class SearchFolder:
             raise CheckpointError(
                 f"{file} cannot be read: {str(error).splitlines()[0]:.120}; delete it to search anew"
             ) from error
-        if data.get("format") != FORMAT:
-            raise CheckpointError(f"{file} has format {data.get('format')!r}, expected {FORMAT}; delete it")
-        state = SearchState.from_dict(data)
+        found = data.get("format") if isinstance(data, dict) else None
+        if found != FORMAT:
+            raise CheckpointError(f"{file} has format {found!r}, expected {FORMAT}; delete it to search anew")
+        try:
+            state = SearchState.from_dict(data)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{file} is no state of a search ({error}); delete it to search anew") from error
         differ = [k for k in {**state.given, **given} if state.given.get(k) != given.get(k)]
         if differ:
             told = "; ".join(f"{k} was {state.given.get(k)!r:.200}, now {given.get(k)!r:.200}" for k in differ[:3])

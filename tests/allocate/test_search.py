@@ -144,6 +144,10 @@ def test_a_folder_of_another_search_is_refused(tmp_path: Path) -> None:
     (tmp_path / "search.pt").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="cannot be read.*delete it"):
         searched(Budget(average_bits=8), state=tmp_path)
+    for other, message in (([1], "has format None"), ({"format": 1}, "is no state of a search .*'reference'")):
+        torch.save(other, tmp_path / "search.pt")
+        with pytest.raises(CheckpointError, match=f"search.pt {message}.*delete it"):
+            searched(Budget(average_bits=8), state=tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
