@@ -22,7 +22,7 @@ from fewbits.allocate.rankers import Ranker
 from fewbits.allocate.search_settings import SearchSettings
 from fewbits.allocate.search_state import Mark, SearchFolder, SearchState, seed_step
 from fewbits.allocate.subject import Subject
-from fewbits.errors import SearchError
+from fewbits.errors import FewbitsError, SearchError
 
 STATUSES = ("ok", "abandon", "exhausted", "max_steps")
 Say = Callable[[str], None]
@@ -54,7 +54,8 @@ class Search:
         self.state = folder.load(identity) or SearchState(identity, penalty=settings.penalty)
 
     def run(self) -> SearchState:
-        """Do the steps that are left. Raises SearchError for what ``finetune`` and ``evaluate`` raise, and for NaN.
+        """Do the steps that are left. Raises SearchError, with the step, for all that fails in one: what ``finetune``
+        and ``evaluate`` raise, NaN, and calibration batches that the model does not take.
 
         The state of the last whole step is in the folder then, and its log in the error. Raises CheckpointError for a
         folder that cannot be written, before any step.
@@ -67,14 +68,16 @@ class Search:
             try:
                 self._advance()
             except SearchError as error:
-                raise self._told(error) from error.__cause__
+                raise self._told(str(error)) from error.__cause__
+            except FewbitsError as error:  # weights that training made NaN, calibration batches that do not fit
+                raise self._told(f"{error}, at step {self.subject.where} of the search") from error
             self.folder.save(state)
         assert state.stable is not None
         self.subject.restore(state.stable.bits, state.stable.weights)
         self.subject.model.eval()
         return state
 
-    def _told(self, error: SearchError) -> SearchError:
+    def _told(self, error: str) -> SearchError:
         """Return the error with the log, and with where to go on from."""
         path = self.folder.path
         kept = (

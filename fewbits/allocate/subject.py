@@ -53,10 +53,14 @@ class Subject:
         self._plans = dict(decided)
 
     def refresh(self) -> None:
-        """Set the ranges of activations, then the statistics of batch norms, from the calibration batches."""
-        if any(activation_quantizers(layer) for layer in quantized_layers(self.model).values()):
-            calibrate(self.model, self.calibration)
-        refresh_norms(self.model, self.calibration)
+        """Set the ranges of activations, then the statistics of batch norms, from the calibration batches.
+
+        Raises SearchError, saying where the search was, for batches that the model does not take.
+        """
+        with self._told("calibration"):
+            if any(activation_quantizers(layer) for layer in quantized_layers(self.model).values()):
+                calibrate(self.model, self.calibration)
+            refresh_norms(self.model, self.calibration)
 
     def cycle(
         self, epochs: int, every: int, *, goal: float | None = None, patience: int | None = None

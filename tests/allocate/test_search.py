@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewbits.allocate import Budget, Problem, SearchResult, SearchSettings
+from fewbits.allocate import Budget, Problem, SearchResult, SearchSettings, sigma_search
 from fewbits.allocate.goal import Goal
 from fewbits.allocate.layout import Item, Layout
 from fewbits.allocate.rankers import ByDivergence
@@ -131,6 +131,26 @@ def test_nan_and_errors_are_passed_on_with_the_step_and_the_state_is_kept(tmp_pa
 
     with pytest.raises(SearchError, match=r"finetune raised RuntimeError at step 0 \(reference 1\).*state=FOLDER"):
         searched(budget, finetune=explode)
+
+
+def test_what_fails_beside_the_functions_tells_the_step_and_keeps_the_state(tmp_path: Path) -> None:
+    budget, trained = Budget(average_bits=3.4, accuracy_drop=1.5), list[int]()
+
+    def diverge(model: nn.Module, epochs: int) -> None:
+        disturb(model, epochs)
+        trained.append(epochs)
+        if len(trained) == 2:
+            model.get_submodule("3").weight.data[0, 0] = math.nan
+
+    with pytest.raises(
+        SearchError, match=r"weight of layer '3' has NaN.* at step 1 \(cluster 1\).*1 steps were done; .* go on from it"
+    ) as caught:
+        searched(budget, finetune=diverge, state=tmp_path)
+    assert isinstance(caught.value.__cause__, QuantizationError) and len(caught.value.log) == 1
+    assert steps(searched(budget, state=tmp_path)) == steps(searched(budget))
+    for batch, message in ((torch.zeros(4, 7), "RuntimeError at step 0"), (torch.full((4, 6), math.nan), "layer '0'")):
+        with pytest.raises(SearchError, match=f"calibration raised .*{message}"):
+            sigma_search(deep(), budget, disturb, Accuracy(), [batch], style=FREE)
 
 
 def test_a_folder_of_another_search_is_refused(tmp_path: Path) -> None:
