@@ -129,7 +129,7 @@ class Search:
         self.ranker.look(self.subject.model)
         bits = self.ranker.start(penalty)
         if bits in state.seen:  # one layer, one cluster: the reference again
-            state.phase = "refine"
+            state.phase, state.status = "refine", "max_steps" if settings.steps == 0 else None
             return
         self.subject.apply(bits)
         self.subject.refresh()

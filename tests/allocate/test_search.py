@@ -257,6 +257,12 @@ def test_fewer_layers_than_clusters(layers: int) -> None:
     assert result.status == "ok" and result.costs["average_bits"] <= 4
 
 
+def test_no_steps_are_done_where_none_are_asked_for() -> None:
+    result = searched(Budget(average_bits=4.0), layers=1, steps=0)
+    assert [entry["phase"] for entry in result.log["steps"]] == ["reference"] and result.status == "max_steps"
+    assert set(result.missed) == {"average_bits"}
+
+
 def test_layers_without_variance() -> None:
     model = deep()
     with torch.no_grad():
