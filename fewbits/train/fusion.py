@@ -29,7 +29,6 @@ class BalanceFusion(Hook):
 
     def after_backward(self, state: TrainState) -> None:
         """Update and log."""
-        if state.step >= self.freeze_at * state.total_steps:
-            freeze_fusion(state.model)
+        freeze_fusion(state.model, state.step >= self.freeze_at * state.total_steps)  # a run before this one froze them
         update_fusion(state.model)
         state.logs.update(fusion_numbers(state.model))

@@ -35,6 +35,16 @@ def test_the_loop_logs_moves_freezes_and_resumes_to_the_bit(tmp_path: Path) -> N
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
 
 
+def test_a_second_run_moves_the_gains_again() -> None:
+    model = fusion_workers.train(None)
+    (node,) = fusion_nodes(model).values()
+    before, config = node.lam.clone(), FitConfig(max_steps=4, lr=0.05, accelerator="cpu", progress=False)
+    assert node.frozen
+    hooks = [BalanceFusion(freeze_at=1.0)]
+    fit(model, Batches(fusion_workers.Scenes(), 8), fusion_workers.loss, config, hooks=hooks)
+    assert not node.frozen and not torch.equal(node.lam, before)
+
+
 def test_two_processes_hold_the_gains_of_one(tmp_path: Path, warm_server: None) -> None:
     port = workers.free_port()
     ranks = [workers.start(fusion_workers.train_rank, rank, 2, port, tmp_path) for rank in range(2)]
