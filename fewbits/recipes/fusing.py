@@ -30,11 +30,21 @@ def check_fusion(model: nn.Module, recipe: Recipe, example: Tensor) -> None:
 def require_foldable(model: nn.Module, rules: Fusion, batches: Batches) -> None:
     """Raise RecipeError, naming nodes and reasons, where a calibrated model could not be folded after its training."""
     kept = {n: why for n, why in fold_fusion(copy.deepcopy(model), batches, rules.fold).items() if why[:4] == "kept"}
+    moving = [n for n, node in fusion_nodes(model).items() if node.op == "add" and _gains_part(node)]
+    kept |= dict.fromkeys(moving, "kept: an add whose gains will be unequal")
     if kept:
         raise RecipeError(
             f"fusion.fold {rules.fold} cannot fold {kept}: take a static plan.act_quantizer such as lsq or pact, "
-            "another fold, or other fusion.nodes"
+            "another fold, or other fusion.nodes (an add folds with equal gains only)"
         )
+
+
+def _gains_part(node: BalancedFusion) -> bool:
+    """Tell whether training drives the gains of an add apart: its branches' own gradients never do."""
+    given = node.settings
+    return given.mode == "learned" or (
+        given.mode == "controller" and (given.measure == "inputs" or any(given.tau or ()))
+    )
 
 
 def fold(

@@ -78,6 +78,14 @@ def test_what_cannot_be_folded_is_told_before_the_training(tmp_path: Path) -> No
     assert not (tmp_path / "run/steps/train.json").exists()
 
 
+@pytest.mark.parametrize("given", [{"options": {"measure": "inputs"}}, {"mode": "learned"}])
+def test_an_add_whose_gains_will_part_is_told_before_the_training(tmp_path: Path, given: dict[str, Any]) -> None:
+    gated = {"name": "unet_nano", "options": {"widths": [8, 12], "fusion": "gate"}}
+    with pytest.raises(RecipeError, match=r"up\.0\.fuse\.add1.*gains will be unequal"):
+        run(recipe(model=gated, fusion={"nodes": ["up.0.fuse.add1"], **given}, alignment=None), tmp_path, say=quiet)
+    assert not (tmp_path / "steps/train.json").exists()
+
+
 @pytest.mark.parametrize(
     ("sections", "error", "words"),
     [
