@@ -87,9 +87,10 @@ def test_a_point_finds_one_object_and_the_smallest_object_has_a_point() -> None:
     assert set(taken.tolist()) == {int(best.argmax()), 2}, "all other points are nearer to one of the two"
 
 
-def test_a_batch_without_objects_teaches_that_there_is_nothing() -> None:
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_batch_without_objects_teaches_that_there_is_nothing(rows: int) -> None:
     model = tiny(2).train()
-    loss = model(torch.randn(2, 3, 64, 64), torch.full((2, 1, 5), -1.0))
+    loss = model(torch.randn(2, 3, 64, 64), torch.full((2, rows, 5), -1.0))
     loss.backward()
     assert 0 < float(loss.detach()) < 1
     assert model.heads[0].class_out.bias.grad.min() > 0  # type: ignore[union-attr]
