@@ -56,7 +56,7 @@ def pair_files(root: Path, images: str, masks: str, names: Path | None = None) -
     if not found:
         raise DataError(f"there is no image in {str(folder)!r} ({', '.join(SUFFIXES)}); correct path= or images=")
     stems = list(found) if names is None else _listed(names, found, folder)
-    pairs = [(found[stem], root / masks.format(stem=stem)) for stem in stems]
+    pairs = [(found[stem], root / masks.replace("{stem}", stem)) for stem in stems]
     missing = [(image, mask) for image, mask in pairs if not mask.is_file()]
     if missing:
         image, mask = missing[0]

@@ -95,6 +95,8 @@ def test_what_does_not_belong_together_is_named(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a\nz\n")
     with pytest.raises(DataError, match=r"list\.txt' lists 'z', which is not in"):
         pair_files(root, "images", "masks/{stem}.png", tmp_path / "list.txt")
+    with pytest.raises(DataError, match=r"'.*\{splt\}/a\.png' of 'a\.png' is missing, and \d more; .*correct masks="):
+        pair_files(root, "images", "masks/{splt}/{stem}.png")
     with pytest.raises(DataError, match="there is no image in .*nothing"):
         pair_files(root, "nothing", "masks/{stem}.png")
     save(tmp_path / "masks/b.png", np.zeros((6, 4)))
