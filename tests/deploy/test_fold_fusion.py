@@ -171,6 +171,35 @@ def test_adds_fold_with_equal_gains_only() -> None:
         assert torch.equal(model(x), want)
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.4])
+def test_layers_with_steps_of_their_own_round_the_mean_to_them(factor: float) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Conv2d(n, 4, 1) for n in (3, 3, 8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.cat([self.a(x).relu(), self.b(x).relu()], 1)
+            out: Tensor = self.c(y) + self.d(y)
+            return out
+
+    model, x = Two().eval(), torch.randn(4, 3, 5, 5)
+    node = balance_fusion(model, x, ["cat0"], FIXED)["cat0"]
+    fb.calibrate(fb.quantize(model, Plan((("*", LayerPlan(TensorPlan(4), TensorPlan(4))),)), verbose=False), [x])
+    model.d.input_quantizer.scale.detach().mul_(factor)  # type: ignore[union-attr, operator]
+    given = [torch.rand(2, 4, 5, 5), torch.rand(2, 4, 5, 5)]
+    h, (mu, sigma) = node.fuse(given), calibrate_fusion(model, [x])["cat0"]
+    before = {name: copy.deepcopy(quantized_layers(model)[name].input_quantizer) for name in "cd"}
+    fold_fusion(model, [x])
+    for name, old in before.items():
+        new = quantized_layers(model)[name].input_quantizer
+        assert old is not None and isinstance(new, Requantize)
+        step = float(old.step().detach())  # type: ignore[union-attr]
+        own = float(new.shift) * sigma * step
+        assert abs(own - mu) <= (sigma * step / 2 if name == "d" and factor != 1 else 1e-5)
+        torch.testing.assert_close(new(torch.cat(given, 1)), old((h - own) / sigma))
+
+
 def test_learned_thresholds_take_a_fusion_in_and_leave_no_operator(tmp_path: Path) -> None:
     x = torch.randn(8, 3, 16, 16)
     model = balanced(x, quantizer="n2uq", bits=2)
