@@ -6,6 +6,7 @@ quantized. Plain functions of tensors; where features come from is in ``taps``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,9 +41,9 @@ class AttentionAlignment:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise TrainingError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        if self.gamma < 0 or self.kappa < 0 or not self.weight > 0:
+        if any(not 0 <= v < math.inf for v in (self.gamma, self.kappa, self.weight)) or not self.weight:
             raise TrainingError(
-                "attention alignment needs gamma and kappa of at least 0 and a weight above 0, got "
+                "attention alignment needs gamma and kappa of at least 0 and a weight above 0, all finite, got "
                 f"gamma={self.gamma}, kappa={self.kappa}, weight={self.weight}"
             )
 

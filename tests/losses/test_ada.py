@@ -112,6 +112,8 @@ def test_the_step_of_each_quantizer() -> None:
         ({"reduction": "max"}, "reduction must be one of"),
         ({"gamma": -1.0}, "gamma and kappa of at least 0"),
         ({"weight": 0.0}, "a weight above 0"),
+        ({"gamma": math.nan}, "all finite"),
+        ({"kappa": math.inf}, "all finite"),
     ],
 )
 def test_values_out_of_range(given: dict[str, Any], message: str) -> None:
