@@ -47,8 +47,8 @@ def cluster_bits(
     Fewer layers than widths get the highest widths of the menu, one each. Raises PlanError for an unknown ``norm`` or
     ``clustering``, or a negative ``penalty`` (lambda).
     """
-    if not penalty >= 0:
-        raise PlanError(f"the penalty lambda of unequal clusters must be 0 or more, got {penalty!r}")
+    if not 0 <= penalty < np.inf:
+        raise PlanError(f"the penalty lambda of unequal clusters must be finite and 0 or more, got {penalty!r}")
     if clustering not in CLUSTERINGS:
         raise PlanError(f"unknown cluster {clustering!r}{nearest(clustering, CLUSTERINGS)}; known: {CLUSTERINGS}")
     count = min(len(menu), len(sigma))

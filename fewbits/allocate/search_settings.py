@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +40,10 @@ class SearchSettings:
     bops are limited.
 
     rounds: of phase 1. steps: of phase 2, with ``move`` layers each. patience: steps in a row that come no nearer.
-    epochs_*: of training at most, for the INT8 reference, each round and each step; measured ``evaluate_every`` epochs,
-    ended after ``idle`` measurements without a gain. accuracy_buffer: points; cost_buffer: share of the INT8 model's
-    cost. seed: each step seeds the global generators from it. Raises PlanError for a value out of range.
+    epochs_*: of training, for the INT8 reference, each round and each step; measured every ``evaluate_every`` epochs.
+    A step ends earlier at the accuracy asked for, or after ``idle`` measurements without a gain. accuracy_buffer:
+    points; cost_buffer: share of the INT8 model's cost. seed: each step seeds the global generators from it. Raises
+    PlanError for a value out of range.
     """
 
     kl: str = "spread"
@@ -74,15 +77,23 @@ class SearchSettings:
                 raise PlanError(f"{name} must be one of {known}, got {value!r}{hint}")
         for name, least in AT_LEAST.items():
             value = getattr(self, name)
-            if not _is_number(value) or not value >= least or (name in WHOLE and type(value) is not int):
+            if not _is_number(value) or not least <= value < math.inf or (name in WHOLE and type(value) is not int):
                 kind = "a whole number" if name in WHOLE else "a number"
                 raise PlanError(f"{name} must be {kind} from {least}, got {value!r}")
         if not _is_number(self.alpha) or not 0 <= self.alpha <= 1:
             raise PlanError(f"alpha is the share of sigma in the score, from 0 to 1, got {self.alpha!r}")
         for name in ("accuracy_buffer", "cost_buffer"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 < value < float("inf"):
+            if not _is_number(value) or not 0 < value < math.inf:
                 raise PlanError(f"{name} must be a positive number, got {value!r}")
+
+    @staticmethod
+    def require_known(names: Iterable[str]) -> None:
+        """Raise PlanError, with near names, for one that is no field."""
+        known = [f.name for f in dataclasses.fields(SearchSettings)]
+        for name in names:
+            if name not in known:
+                raise PlanError(f"a search has no setting {name!r}{nearest(name, known)}; it takes {known}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain data."""

@@ -61,6 +61,7 @@ def sigma_search(
     Raises BudgetError before any work for a limit below what is possible, PlanError for settings out of range, and
     SearchError, chained, for what ``finetune`` or ``evaluate`` raise, and where the accuracy is NaN.
     """
+    SearchSettings.require_known(settings)
     style = Style(act_bits=8) if style is None else style
     problem = Problem(model, model_shape(model, example), budget, tuple(menu), style)
     functions = Functions(finetune, evaluate, list(calibration))

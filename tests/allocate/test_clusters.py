@@ -86,7 +86,8 @@ def test_bad_input() -> None:
         cluster_bits([1, 2], MENU, norm="zz")
     with pytest.raises(PlanError, match="unknown cluster 'lloyds'; did you mean 'lloyd'"):
         cluster_bits([1, 2], MENU, clustering="lloyds")
-    with pytest.raises(PlanError, match=r"must be 0 or more, got -0\.1"):
-        cluster_bits([1, 2], MENU, -0.1)
+    for penalty in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(PlanError, match=f"must be finite and 0 or more, got {penalty}"):
+            cluster_bits([1, 2], MENU, penalty)
     with pytest.raises(PlanError, match="must be finite"):
         cluster_bits([1, float("nan")], MENU)

@@ -288,6 +288,10 @@ def test_bad_input_is_told_before_any_work() -> None:
         searched(Budget(average_bits=4), accuracy, kl="spred")
     with pytest.raises(PlanError, match=r"patience must be a whole number from 1, got 0"):
         searched(Budget(average_bits=4), accuracy, patience=0)
+    with pytest.raises(PlanError, match="penalty_step must be a number from 0, got inf"):
+        searched(Budget(average_bits=4), accuracy, penalty_step=math.inf)
+    with pytest.raises(PlanError, match="a search has no setting 'patiense'; did you mean 'patience'"):
+        searched(Budget(average_bits=4), accuracy, patiense=2)
     with pytest.raises(PlanError, match="act_bits"):
         searched(Budget(bops=1e3), accuracy, style=FREE.__class__(), activations=True)
     model = deep()
