@@ -43,7 +43,8 @@ def spread_divergence(rows: Tensor, bits: int) -> float:
     top = 2 ** (bits - 1) - 1
     p = _counts(rows / rows.abs().amax(1, keepdim=True).clamp(min=FLOOR), -1.0, 1.0, SPREAD_BINS)
     centers = (torch.arange(SPREAD_BINS, dtype=torch.float64) + 0.5) * 2 / SPREAD_BINS - 1
-    return _spread(p, (centers * top).round().long() + top)
+    cell = (centers >= 0).long() if bits == 1 else (centers * top).round().long() + top  # two levels: the sign
+    return _spread(p, cell)
 
 
 def activation_divergence(values: Tensor, bits: int) -> float:

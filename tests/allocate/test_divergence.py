@@ -61,6 +61,12 @@ def test_two_bits_are_ternary() -> None:
     assert torch.equal(quantized(rows, 2).abs().amax(1), rows.abs().amax(1))
 
 
+def test_one_bit_has_two_levels() -> None:
+    rows = torch.cat([torch.linspace(-1, -0.01, 100), torch.linspace(0.01, 1, 10000)]).reshape(1, -1)
+    flat = spread_divergence(torch.linspace(-1, 1, 10000).reshape(1, -1), 1)
+    assert spread_divergence(rows, 1) == pytest.approx(flat, abs=0.01), "each half is even, so a level stands for it"
+
+
 def test_activations() -> None:
     values = torch.randn(20_000).relu()
     found = [activation_divergence(values, bits) for bits in WIDTHS]
