@@ -109,7 +109,11 @@ def sample_inputs(model: nn.Module, layers: Sequence[str], batches: Sequence[Any
     unseen = [name for name, values in found.items() if not values]
     if unseen:
         raise QuantizationError(f"no calibration batch reached layers {unseen[:5]}: their inputs cannot be ranked")
-    return {name: torch.cat(values) for name, values in found.items()}
+    inputs = {name: torch.cat(values) for name, values in found.items()}
+    for name, values in inputs.items():
+        if not bool(torch.isfinite(values).all()):
+            raise QuantizationError(f"input of layer {name!r} has NaN or Inf in the calibration batches: look for them")
+    return inputs
 
 
 def _kinds(items: Sequence[Item]) -> list[list[int]]:

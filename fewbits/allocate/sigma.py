@@ -103,7 +103,8 @@ def sigma(
         raise PlanError("activations=True ranks inputs by their histograms: give calibration= batches")
     if calibration is None:  # widths of inputs cannot be ranked without data
         chosen = dataclasses.replace(chosen, activations=False)
-    return untrained(problem, chosen, _by_divergence(chosen, list(calibration or ())), complete=complete)
+    batches = [] if calibration is None else list(calibration)
+    return untrained(problem, chosen, _by_divergence(chosen, batches), complete=complete)
 
 
 @allocator("sigma_fisher", SearchSettings, holds_accuracy=True)

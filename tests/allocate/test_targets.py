@@ -10,7 +10,7 @@ import torch
 
 from fewbits.allocate import Budget, allocate, fisher
 from fewbits.cost import Hardware, hardware_cost, model_shape, plan_cycles
-from fewbits.errors import BudgetError, HardwareError, PlanError
+from fewbits.errors import BudgetError, HardwareError, PlanError, QuantizationError
 from fewbits.plan import Plan
 from tests.allocate.searching import BATCHES, Accuracy, bits_of, deep, disturb, searched
 
@@ -106,6 +106,10 @@ def test_sigma_without_training_can_move_inputs_given_data() -> None:
     plan = allocate(deep(), budget, method="sigma", calibration=BATCHES, **GIVEN)
     assert plan.decided_from["predicted"]["bops"] <= 0.2 * most
     assert {layer.input.bits for _, layer in plan if layer is not None and layer.input is not None} != {8}
+    stacked = allocate(deep(), budget, method="sigma", calibration=torch.stack(BATCHES), **GIVEN)
+    assert stacked.rules == plan.rules
+    with pytest.raises(QuantizationError, match="input of layer '0' has NaN or Inf in the calibration batches"):
+        allocate(deep(), budget, method="sigma", calibration=[torch.full((4, 6), float("nan"))], **GIVEN)
     with pytest.raises(BudgetError, match=r"bops=.*least possible"):  # weights alone cannot come so low
         allocate(deep(), budget, method="sigma", **GIVEN)
 
