@@ -5,6 +5,7 @@ Compute and memory energy are two numbers everywhere: the paper's MAC figures sa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -148,11 +149,24 @@ def _explain(error: ErrorDetails) -> str:
     """Say which field is wrong, and what would be right."""
     where = ".".join(str(part) for part in error["loc"] if part not in ("int8_mac", "shift_add", "roofline"))
     if error["type"] == "extra_forbidden":
-        return f"unknown field {where!r}"
+        fields = {name for s in (Hardware, Memory, Int8Mac, ShiftAddMac, Roofline) for name in s.model_fields}
+        return f"unknown field {where!r}{nearest(str(error['loc'][-1]), sorted(fields), 1)}"
     if error["type"] == "missing":
         return f"the field {where!r} is missing"
     if error["type"].startswith("union_tag"):
         return f"{where}.kind must be int8_mac, shift_add or roofline, got {error['input']!r:.80}"
     message = error["msg"].removeprefix("Value error, ")
     given = "" if error["type"] == "value_error" else f", got {error['input']!r:.60}"
-    return f"{where}: {message}{given}"
+    return f"{where}: {message}{given}{_number_hint(error)}"
+
+
+def _number_hint(error: ErrorDetails) -> str:
+    """Say how to write a number that YAML takes as text, such as 6e2."""
+    given = error["input"]
+    if error["type"] not in ("float_type", "int_type") or not isinstance(given, str):
+        return ""
+    try:
+        number = float(given)
+    except ValueError:
+        return ""
+    return f"; YAML takes that as text: write {number:.12g}" if math.isfinite(number) else ""

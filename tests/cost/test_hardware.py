@@ -189,6 +189,8 @@ def test_a_width_that_the_hardware_lacks_is_an_error() -> None:
         ("int8_mac", {"int8_pj": 0}, "engine.int8_pj: Input should be greater than 0, got 0"),
         ("int8_mac", {"int8_pj": float("inf")}, "engine.int8_pj: .*finite"),
         ("int8_mac", {"int8_pj": "0.3 pJ"}, "engine.int8_pj: .*valid number, got '0.3 pJ'"),
+        ("int8_mac", {"int8_pj": "3e-1"}, "engine.int8_pj: .*got '3e-1'; YAML takes that as text: write 0.3"),
+        ("int8_mac", {"clock_mhzz": 600}, "unknown field 'engine.clock_mhzz'; did you mean 'clock_mhz'"),
         ("int8_mac", {"count": True}, "engine.count: .*valid integer, got True"),
         ("int8_mac", {"colour": "red"}, "unknown field 'engine.colour'"),
         ("shift_add", {"cycles_from": "guess"}, "engine.cycles_from: .*'measured' or 'linear', got 'guess'"),
