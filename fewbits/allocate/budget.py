@@ -16,6 +16,7 @@ MEGABYTE = 1_000_000
 REFERENCES = ("int8", "fp32")
 LIMITS = ("size_mb", "size_bytes", "average_bits", "bops", "energy_uj", "latency_ms")
 ON_HARDWARE = ("energy_uj", "latency_ms")
+BY_EXAMPLE = ("bops", *ON_HARDWARE)  # limits of what the example batch takes
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from fewbits.allocate.budget import ON_HARDWARE, Budget, plan_costs
+from fewbits.allocate.budget import BY_EXAMPLE, ON_HARDWARE, Budget, plan_costs
 from fewbits.allocate.style import Style, edge_layers
 from fewbits.cost import (
     Hardware,
@@ -54,7 +54,7 @@ class Problem:
         if not self.menu or any(isinstance(b, bool) or b not in WEIGHT_BITS for b in self.menu):
             raise PlanError(f"a menu of weight bits holds some of {WEIGHT_BITS}, got {self.menu}")
         object.__setattr__(self, "menu", tuple(sorted(set(self.menu))))
-        for limit in ("bops", *ON_HARDWARE):
+        for limit in BY_EXAMPLE:
             if limit in self.budget.limits and not self.shape.ran:
                 raise BudgetError(f"a budget of {limit} needs an example batch, to count operations on: give example=")
         _ = self.hardware  # raises now where there is no such description

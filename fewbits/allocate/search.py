@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fewbits.allocate.budget import BY_EXAMPLE
 from fewbits.allocate.divergence import MODES
 from fewbits.allocate.goal import Goal
 from fewbits.allocate.layout import INT8, Item, Layout
@@ -51,6 +52,8 @@ class Search:
         targets, items = self.budget.targets, [[i.layer, i.kind, list(i.choices)] for i in self.items]
         weights = [f"{s:.5g}" for s in ranker.sigmas]  # enough to tell another model, not another machine
         identity = {"targets": targets, "settings": settings.to_dict(), "items": items, "sigmas": weights, **given}
+        told = [name for name in BY_EXAMPLE if name in targets]  # another example, or an edited file of hardware
+        identity |= {f"{name} of INT8": f"{self.int8_costs[name]:.5g}" for name in told}
         self.state = folder.load(identity) or SearchState(identity, penalty=settings.penalty)
 
     def run(self) -> SearchState:

@@ -77,7 +77,7 @@ def searched(budget: Budget, accuracy: Accuracy | None = None, layers: int = 9, 
         options.pop("finetune", disturb),
         accuracy or Accuracy(),
         BATCHES,
-        example=BATCHES[0],
+        example=options.pop("example", BATCHES[0]),
         style=style,
         **{**SHORT, **options},
     )

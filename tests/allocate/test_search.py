@@ -19,6 +19,7 @@ from fewbits.allocate.search import STATUSES, Search, next_move
 from fewbits.allocate.search_state import SearchFolder
 from fewbits.allocate.subject import Subject, refresh_norms
 from fewbits.cost import model_shape
+from fewbits.cost.hardware import FOLDER
 from fewbits.errors import BudgetError, CheckpointError, PlanError, QuantizationError, SearchError
 from fewbits.layers import calibrate, quantize
 from tests.allocate.searching import BATCHES, FREE, SHORT, Accuracy, bits_of, deep, disturb, equal_states, searched
@@ -168,6 +169,20 @@ def test_a_folder_of_another_search_is_refused(tmp_path: Path) -> None:
         torch.save(other, tmp_path / "search.pt")
         with pytest.raises(CheckpointError, match=f"search.pt {message}.*delete it"):
             searched(Budget(average_bits=8), state=tmp_path)
+
+
+def test_a_folder_is_refused_where_hardware_or_example_changed(tmp_path: Path) -> None:
+    text, file = (FOLDER / "int8_mac.yaml").read_text(), tmp_path / "mine.yaml"
+    file.write_text(text)
+    budget = Budget(latency_ms=1e3, hardware=str(file))
+    searched(budget, state=tmp_path / "state")
+    assert "clock_mhz: 600" in text
+    file.write_text(text.replace("clock_mhz: 600", "clock_mhz: 300"))
+    with pytest.raises(CheckpointError, match="another search: latency_ms of INT8 was .*, now "):
+        searched(budget, state=tmp_path / "state")
+    searched(Budget(bops=1e12), state=tmp_path / "bops")
+    with pytest.raises(CheckpointError, match="another search: bops of INT8 was .*, now "):
+        searched(Budget(bops=1e12), state=tmp_path / "bops", example=BATCHES[0][:2])
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
