@@ -86,11 +86,10 @@ def fold_fusion(model: nn.Module, batches: Iterable[Any], how: str = "requant") 
 
     Nodes without constants get them first (``calibrate_fusion``). "requant": equal to the model with constant norms but
     for float rounding at the edge between two codes, and, where several layers with steps of their own are behind a
-    node, for the mean, which each rounds to its own steps; a layer with a float input gets "weight". "weight": equal in real
-    numbers; the layer's quantizers are calibrated anew on ``batches``, since gains change codes. A node stays, with its
-    constants as one multiply-add, where it cannot be folded: its result goes to something else than layers, the input
-    quantizer is dynamic or per channel, zeros pad what "weight" would fold, or an add has unequal
-    gains.
+    node, for the mean, which each rounds to its own steps; a layer with a float input gets "weight". "weight": equal in
+    real numbers; the layer's quantizers are calibrated anew on ``batches``, since gains change codes. A node stays,
+    with its constants as one multiply-add, where it cannot be folded: its result goes to something else than layers,
+    the input quantizer is dynamic or per channel, zeros pad what "weight" would fold, or an add has unequal gains.
     Afterwards the plain operator is back. Fine-tune then, briefly, on the task loss alone (Adam, lr 2e-5), and pack.
     """
     if how not in FOLDS:
