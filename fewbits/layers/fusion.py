@@ -53,9 +53,9 @@ class FusionSettings:
         for name, known in (("mode", MODES), ("energy", ENERGIES), ("measure", MEASURES)):
             if getattr(self, name) not in known:
                 raise PlanError(f"{name} of a fusion must be one of {known}, got {getattr(self, name)!r}")
-        if not 0 < self.beta <= 1 or not self.eta > 0 or not self.limit > 0 or not self.norm_eps > 0:
+        if not 0 < self.beta <= 1 or any(not 0 < v < math.inf for v in (self.eta, self.limit, self.norm_eps)):
             raise PlanError(
-                "a fusion needs 0 < beta <= 1, and eta, limit and norm_eps above 0, got "
+                "a fusion needs 0 < beta <= 1, and eta, limit and norm_eps above 0 and finite, got "
                 f"beta={self.beta}, eta={self.eta}, limit={self.limit}, norm_eps={self.norm_eps}"
             )
         for name in ("gains", "tau"):
@@ -63,7 +63,7 @@ class FusionSettings:
             object.__setattr__(self, name, None if value is None else tuple(float(v) for v in value))
         if self.gains is not None and (self.mode == "off" or any(not 0 < g < math.inf for g in self.gains)):
             raise PlanError(f"gains={self.gains} with mode={self.mode!r}: give positive numbers, none if 'off'")
-        if self.tau is not None and (self.mode != "controller" or abs(sum(self.tau)) > 1e-6):
+        if self.tau is not None and (self.mode != "controller" or not abs(sum(self.tau)) <= 1e-6):
             raise PlanError(f"tau={self.tau} with mode={self.mode!r}: it is for the controller, and sums to zero")
 
 
@@ -173,10 +173,10 @@ class BalancedFusion(nn.Module):
             return list(tensors)
         views = []
         for i, x in enumerate(tensors):
-            view = x.view_as(x)
-            if view.requires_grad:
-                self._sizes[i] = x.numel() / max(len(x), 1)
-                view.register_hook(functools.partial(self._note, i))  # type: ignore[no-untyped-call]
+            # an image, or what a frozen layer made, has no gradient of its own: taken as zero, its gain would run away
+            view = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            self._sizes[i] = x.numel() / max(len(x), 1)
+            view.register_hook(functools.partial(self._note, i))  # type: ignore[no-untyped-call]
             views.append(view)
         return views
 

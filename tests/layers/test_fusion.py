@@ -71,6 +71,16 @@ def test_energy_is_the_norm_of_the_gradient_through_this_node_only() -> None:
     assert float(xs[1].grad.norm()) > 2 * float(wanted[1])
 
 
+def test_a_branch_that_is_not_trained_is_measured_too() -> None:
+    xs, weight = pair(3, 4), torch.randn(7, 1, 1)
+    node, image = BalancedFusion(2, FusionSettings(energy="l2")), xs[1].detach()
+    wanted = [g.norm() for g in torch.autograd.grad((node(xs) * weight).relu().sum(), xs)]
+    node.take_squares()
+    (node([xs[0], image]) * weight).relu().sum().backward()
+    torch.testing.assert_close(node.take_squares().sqrt(), torch.stack(wanted))
+    assert not image.requires_grad
+
+
 def test_rms_energy_does_not_grow_with_the_width_of_a_branch() -> None:
     xs = pair(4, 64)
     for energy, expected in (("rms", 0.0), ("l2", -0.5 * math.log(16))):
@@ -217,10 +227,12 @@ def test_state_goes_through_a_checkpoint_and_a_plain_one_leaves_it_alone() -> No
         ({"mode": "auto"}, "mode of a fusion must be one of"),
         ({"energy": "max"}, "energy of a fusion must be one of"),
         ({"beta": 0.0}, "0 < beta <= 1"),
-        ({"eta": -1.0}, "eta, limit and norm_eps above 0"),
+        ({"eta": -1.0}, "eta, limit and norm_eps above 0 and finite"),
         ({"gains": (1.0, -1.0)}, "positive numbers"),
         ({"gains": (1.0, 1.0), "mode": "off"}, "none if 'off'"),
         ({"tau": (1.0, 0.0)}, "sums to zero"),
+        ({"tau": (math.nan, math.nan)}, "sums to zero"),
+        ({"eta": math.inf}, "above 0 and finite"),
         ({"gains": (1.0, 1.0, 1.0)}, "gains has 3 numbers, the node 2 branches"),
     ],
 )
