@@ -30,15 +30,17 @@ def settle_fusion(model: nn.Module, batches: Iterable[Any]) -> dict[str, str]:
     if quantized_layers(model):
         raise QuantizationError("settle_fusion moves float weights: call it before quantize")
     done: dict[str, str] = {}
-    nodes = fusion_nodes(model)
+    nodes, stale = fusion_nodes(model), False
     for name, consumers in find_consumers(model, kept[0]).items():
         if not nodes[name].settings.norm:
             done[name] = "left alone: it has no norm"
         elif consumers.layers and set(consumers.norms) == set(consumers.layers):
-            done[name] = "batch norms estimated anew"
+            done[name], stale = "batch norms estimated anew", True
         elif not consumers.layers or consumers.other or consumers.shared:
             done[name] = f"left alone: its result goes to {consumers.other + consumers.shared}, not to layers only"
         else:
+            if stale:  # else what is measured now is not what will be there in the end
+                reestimate_batch_norms(model, kept)
             _rescale(model, nodes[name], consumers, kept)
             done[name] = f"weights rescaled: {', '.join(consumers.layers)}"
     if "batch norms estimated anew" in done.values():

@@ -23,6 +23,7 @@ from fewbits.layers import (
     settle_fusion,
     update_fusion,
 )  # fmt: skip
+from fewbits.layers.settle import measure_statistics
 from tests.layers.fusion_models import NODES, Pan, UNet, settled
 
 PLAIN = FusionSettings("off", norm=False)
@@ -235,14 +236,24 @@ def test_settling_by_weights_is_exact_where_statistics_are_constant() -> None:
     with torch.no_grad():
         want = model(x)
         node = balance_fusion(model, x, ["cat0"], FusionSettings("fixed", gains=(1, 3)))["cat0"]
-        from fewbits.layers.settle import measure_statistics
-
         mean, std = measure_statistics(model, node, [x])
         settle_fusion(model, [x])
         node.mu.fill_(mean)
         node.sigma.fill_(std)
         node.constant = True
         torch.testing.assert_close(model(x), want, atol=1e-5, rtol=1e-4)
+
+
+def test_weights_are_settled_for_what_new_batch_norms_deliver() -> None:
+    x = torch.randn(8, 3, 16, 16)
+    model = settled(lambda: UNet(kernel=1), x)
+    model.up0[1] = nn.Identity()  # type: ignore[operator, union-attr]
+    before = model.up0[0].weight.detach().clone()  # type: ignore[index, union-attr]
+    nodes = balance_fusion(model, x, "auto", FusionSettings("off"))
+    done = settle_fusion(model, [x])
+    assert done == {"join1.cat0": "batch norms estimated anew", "cat0": "weights rescaled: up0.0"}
+    _, std = measure_statistics(model, nodes["cat0"], [x])
+    torch.testing.assert_close(model.up0[0].weight.detach(), std * before)  # type: ignore[index, union-attr]
 
 
 def test_settling_is_for_float_models() -> None:
