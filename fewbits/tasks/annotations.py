@@ -174,7 +174,14 @@ def _check(box: Box, classes: Sequence[str], size: tuple[int, int], record: Anno
         skipped.meet(f"{where} has an unknown class{nearest(box.name, classes)}; known: {list(classes)}")
     elif not (x2 > x1 and y2 > y1):  # also where a number is NaN
         skipped.meet(f"{where} has no area")
-    elif min(x1, y1) < -SLACK or x2 > width + SLACK or y2 > height + SLACK:
+    elif (
+        min(x1, y1) < -SLACK
+        or x2 > width + SLACK
+        or y2 > height + SLACK
+        or not (
+            min(x2, y2) > 0 and x1 < width and y1 < height  # else nothing is left of it when the slack is cut off
+        )
+    ):
         skipped.meet(f"{where} is outside of the image of {width} x {height} pixels")
     else:
         return True

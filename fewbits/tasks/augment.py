@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import DataError
+from fewbits.tasks.data import is_number
 
 Sample = tuple[Tensor, Tensor, Tensor]  # image uint8 [3, H, W], boxes [N, 4] of corners in pixels, labels int64 [N]
 VISIBLE = 0.35  # share of a box that must be left in a window for the object to count
@@ -38,9 +39,9 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         scale = tuple(self.scale) if isinstance(self.scale, (list, tuple)) else ()
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+        if len(scale) != 2 or not all(map(is_number, scale)) or not 0 < scale[0] <= scale[1]:
             raise DataError(f"scale is the least and most magnification, such as [0.8, 1.25], got {self.scale!r}")
-        if not 0 <= self.mosaic <= 1 or not 0 <= self.colour <= 1:
+        if any(not is_number(v) or not 0 <= v <= 1 for v in (self.mosaic, self.colour)):
             raise DataError(f"mosaic and colour are between 0 and 1, got {self.mosaic!r} and {self.colour!r}")
         if self.flip not in ("none", "horizontal", "both"):
             raise DataError(f"flip must be none, horizontal or both, got {self.flip!r}")

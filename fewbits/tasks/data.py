@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,19 @@ def shared_data_dir() -> Path | None:
     """Return ``../shared/data`` beside the checkout that holds fewbits, or None where there is none."""
     folder = Path(__file__).resolve().parents[3] / "shared" / "data"
     return folder if folder.is_dir() else None
+
+
+def require_names(classes: Any) -> None:
+    """Raise DataError unless these are the names of classes: a list of strings, none of them twice."""
+    if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) for name in classes):
+        raise DataError(f"classes is a list of names, such as [cat, dog], got {classes!r}")
+    if len(set(classes)) < len(classes) or not classes:
+        raise DataError(f"classes are one name or more, each once, got {list(classes)}")
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether an option is a number, and neither text nor a truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from fewbits.errors import DataError, RecipeError, nearest
 from fewbits.tasks.annotations import Annotated, Skipped, class_names, load_examples, read_coco, read_voc
 from fewbits.tasks.augment import Augmentation
-from fewbits.tasks.data import shared_data_dir
+from fewbits.tasks.data import require_names, shared_data_dir
 from fewbits.tasks.detection import DetectionExamples, scene_examples
 from fewbits.tasks.scenes import make_scenes
 
@@ -109,9 +109,10 @@ def _read_voc(folder: Path, wanted: Wanted) -> tuple[Records, tuple[str, ...]]:
 
 def _read_coco(folder: Path, wanted: Wanted) -> tuple[Records, tuple[str, ...]]:
     for split in (wanted.train, wanted.test):
-        if not isinstance(split, tuple) or len(split) != 2:
+        if not isinstance(split, tuple) or len(split) != 2 or not all(isinstance(part, str) for part in split):
             raise RecipeError(f"data.options.train and test of coco are pairs [annotations, images], got {split!r}")
     train, classes = read_coco(*(folder / name for name in wanted.train))
+    require_names(wanted.classes or classes)
     test, _ = read_coco(*(folder / name for name in wanted.test))
     return {"train": train, "test": test}, wanted.classes or classes
 
@@ -120,6 +121,10 @@ def _wanted(given: Mapping[str, Any]) -> Wanted:
     size = given["size"]
     if not isinstance(size, (list, tuple)) or len(size) != 2 or any(type(v) is not int or v < 32 for v in size):
         raise DataError(f"data.options.size is [height, width] in pixels, at least 32, got {size!r}")
+    if given["classes"] is not None:
+        require_names(given["classes"])
+    if type(given["skip_bad"]) is not bool:
+        raise DataError(f"data.options.skip_bad is true or false, got {given['skip_bad']!r}")
     return Wanted(**{key: _frozen(value) for key, value in given.items()})
 
 

@@ -51,10 +51,10 @@ def make_scenes(
     """
     if split not in SPLITS:
         raise DataError(f"scenes have the splits {SPLITS}, got {split!r}")
-    if count < 1 or size < 48 or not 1 <= objects[0] <= objects[1]:
+    if type(count) is not int or type(size) is not int or count < 1 or size < 48 or not 1 <= objects[0] <= objects[1]:
         raise DataError(
-            f"scenes need count >= 1, size >= 48 and 1 <= objects[0] <= objects[1], got count {count}, size {size} and "
-            f"objects {objects}"
+            "scenes need whole numbers, count >= 1, size >= 48 and 1 <= objects[0] <= objects[1], got "
+            f"count {count!r}, size {size!r} and objects {objects}"
         )
     return [_scene(split, size, objects, mix(seed, SPLITS.index(split), index)) for index in range(count)]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import DataError, RecipeError, nearest
+from fewbits.tasks.data import is_number, require_names
 from fewbits.tasks.mask_files import PairReader, Paths, pair_files
 from fewbits.tasks.masks import MaskFormat, read_palette
 from fewbits.tasks.scenes import DIGITS, Scene, make_scenes
@@ -66,7 +67,15 @@ class MaskFolders:
             raise DataError("name the classes of the masks, classes=[...], or the file of their colours, palette=")
         if self.ignore is not None and type(self.ignore) is not (int if self.palette is None else str):
             raise DataError(f"ignore is a label, or with a palette the name of a colour, got {self.ignore!r}")
-        if self.test_share is not None and not 0 < self.test_share < 1:
+        for name in ("images", "masks", "names", "train", "test", "palette"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name not in ("names", "palette")):
+                raise DataError(f"{name} is a name or a path, got {value!r}")
+        if self.classes is not None:
+            require_names(self.classes)
+        if type(self.instances) is not bool:
+            raise DataError(f"instances is true or false, got {self.instances!r}")
+        if self.test_share is not None and not (is_number(self.test_share) and 0 < self.test_share < 1):
             raise DataError(f"test_share is the part of the images for testing, within 0..1, got {self.test_share!r}")
 
     def load(self, root: Path, counts: Counts, seed: int) -> tuple[Reads, tuple[str, ...]]:

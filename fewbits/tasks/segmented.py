@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewbits.errors import DataError
 from fewbits.tasks.augment import seeded
-from fewbits.tasks.data import Batch, Indices, normalize
+from fewbits.tasks.data import Batch, Indices, is_number, normalize
 
 Read = Callable[[], tuple[Tensor, Tensor]]
 Size = tuple[int, int]
@@ -48,16 +48,24 @@ class SegmentedImages:
             raise DataError("the data set is empty; expected at least one image with its mask")
         for name in ("size", "crop"):
             value = getattr(self, name)
-            if value is not None and not (len(value) == 2 and all(type(v) is int and v >= 8 for v in value)):
+            if value is not None and not (
+                isinstance(value, (tuple, list)) and len(value) == 2 and all(type(v) is int and v >= 8 for v in value)
+            ):
                 raise DataError(f"{name} is height and width in pixels, both at least 8, got {value}")
-        if not 0 < self.min_area <= 1 or not 0 <= self.colour < 1:
-            raise DataError(f"need 0 < min_area <= 1 and 0 <= colour < 1, got {self.min_area} and {self.colour}")
+        if (
+            not is_number(self.min_area)
+            or not is_number(self.colour)
+            or not (0 < self.min_area <= 1 and 0 <= self.colour < 1)
+        ):
+            raise DataError(f"need 0 < min_area <= 1 and 0 <= colour < 1, got {self.min_area!r} and {self.colour!r}")
         if self.flip not in ("none", "horizontal", "both"):
             raise DataError(f"flip must be none, horizontal or both, got {self.flip!r}")
         if not len(self.mean) == len(self.std) == 3 or min(self.std) <= 0:
             raise DataError(f"give three means and three std above 0, got mean={self.mean} and std={self.std}")
-        if self.ground is not None and not 0 <= self.ground < len(self.classes):
-            raise DataError(f"ground is the number of a class, 0..{len(self.classes) - 1}, or null, got {self.ground}")
+        if self.ground is not None and not (type(self.ground) is int and 0 <= self.ground < len(self.classes)):
+            raise DataError(
+                f"ground is the number of a class, 0..{len(self.classes) - 1}, or null, got {self.ground!r}"
+            )
 
     def __len__(self) -> int:
         return len(self.reads)

@@ -16,6 +16,8 @@ CAT = {"bbox": [5, 5, 10, 10], "category_id": 7}
 BAD = {
     "no area": {**CAT, "bbox": [5, 5, 0, 10]},
     "outside of the image of 40 x 20 pixels": {**CAT, "bbox": [35, 5, 10, 10]},
+    r"40\.2.*outside of the image": {**CAT, "bbox": [40.2, 5, 0.5, 10]},
+    r"-0\.9.*outside of the image": {**CAT, "bbox": [5, -0.9, 10, 0.5]},
     "category 8.*unknown class": {**CAT, "category_id": 8},
 }
 
@@ -78,6 +80,31 @@ def test_bad_images_are_errors_or_left_out_and_noted(coco: Write, kind: str) -> 
     assert test.names == ("a.png",) and "b.png" in notes[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": "cat"}, r"classes is a list of names, such as \[cat, dog\], got 'cat'"),
+        ({"classes": [7]}, "classes is a list of names"),
+        ({"classes": ["cat", "cat"]}, "each once"),
+        ({"classes": []}, "one name or more"),
+        ({"skip_bad": "no"}, "skip_bad is true or false, got 'no'"),
+    ],
+)
+def test_options_of_another_type_are_told(coco: Write, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(coco(CAT), **options)
+
+
+def test_pairs_of_coco_are_names_and_there_is_a_class(coco: Write) -> None:
+    folder = coco(CAT)
+    with pytest.raises(RecipeError, match=r"pairs \[annotations, images\], got \(1, 2\)"):
+        load(folder, train=[1, 2])
+    data = json.loads((folder / "a.json").read_text())
+    (folder / "a.json").write_text(json.dumps({**data, "categories": [], "annotations": []}))
+    with pytest.raises(DataError, match="one name or more"):
+        load(folder)
+
+
 def test_malformed_json_is_told(tmp_path: Path) -> None:
     for text, message in (("{", "COCO's JSON"), ("{}", "'categories' is missing")):
         (tmp_path / "a.json").write_text(text)
@@ -132,6 +159,10 @@ def test_unknown_names_and_options_are_told() -> None:
         load_detection("scene", None, {})
     with pytest.raises(RecipeError, match="did you mean 'mosaic'"):
         load_detection("scenes", None, {"mosaics": 1})
+    with pytest.raises(DataError, match="mosaic and colour are between 0 and 1, got 'a'"):
+        load_detection("scenes", None, {"mosaic": "a"})
+    with pytest.raises(DataError, match=r"scale is the least and most magnification.*got \('a', 'b'\)"):
+        load_detection("scenes", None, {"scale": ["a", "b"]})
     with pytest.raises(DataError, match="multiple of 32"):
         load_detection("scenes", None, {"size": 100})
 

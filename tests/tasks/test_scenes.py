@@ -44,7 +44,9 @@ def test_ink_stands_out_from_the_ground() -> None:
             assert abs(levels[ink].mean() - levels[~ink].mean()) > CONTRAST / 3
 
 
-@pytest.mark.parametrize("wrong", [{"split": "val"}, {"count": 0}, {"size": 8}, {"objects": (0, 3)}])
+@pytest.mark.parametrize(
+    "wrong", [{"split": "val"}, {"count": 0}, {"count": "a"}, {"size": 48.5}, {"size": 8}, {"objects": (0, 3)}]
+)
 def test_wrong_numbers_are_told(wrong: dict) -> None:
     with pytest.raises(DataError, match="scenes"):
         make_scenes(**{"split": "train", "count": 1} | wrong)

@@ -86,6 +86,15 @@ def test_what_is_unknown_or_unfit_is_told(camvid: Path, monkeypatch: pytest.Monk
         load_segmentation("masks", camvid)
     with pytest.raises(DataError, match="needs path="):
         load_segmentation("masks", None, {"classes": ["a", "b"]})
+    for given, message in (
+        ({"classes": "ground"}, "classes is a list of names, such as .* got 'ground'"),
+        ({"classes": ["a", "a"]}, "each once"),
+        ({"instances": "no"}, "instances is true or false, got 'no'"),
+        ({"test_share": "a"}, "test_share .* got 'a'"),
+        ({"images": 3}, "images is a name or a path, got 3"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_segmentation("masks", camvid, {"classes": ["a", "b"], **given})
     with pytest.raises(DataError, match="ignore is a label"):
         load_segmentation("camvid", camvid, {"ignore": "void"})
     with pytest.raises(DataError, match=r"train0\.png' has the label 11 .* 11 classes"):

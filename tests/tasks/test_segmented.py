@@ -95,6 +95,9 @@ def test_parts_are_disjoint_and_whole() -> None:
         ({"mean": (0.5,)}, "three means"),
         ({"ground": 4}, r"0\.\.3"),
         ({"reads": []}, "empty"),
+        ({"size": 24}, "height and width in pixels, both at least 8, got 24"),
+        ({"min_area": "a"}, "got 'a' and 0.0"),
+        ({"ground": "a"}, r"0\.\.3, or null, got 'a'"),
     ],
 )
 def test_values_out_of_range_are_errors(fields: dict[str, object], message: str) -> None:
