@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fewbits.allocate.layout import Complete, Layout
+from fewbits.allocate.layout import INT8, Complete, Layout
 from fewbits.allocate.problem import Problem
 from fewbits.allocate.rank import divergences
 from fewbits.allocate.rankers import Ranker, meet_limits
@@ -119,7 +119,17 @@ def untrained(
 
 
 def make_layout(problem: Problem, settings: SearchSettings, complete: Complete | None) -> Layout:
-    """Return the items of a search. Raises BudgetError, before any work, for a limit below what is possible."""
+    """Return the items of a search.
+
+    Raises BudgetError, before any work, for a limit below what is possible, and for a drop of the accuracy against
+    INT8 with a menu that has no 8 bits.
+    """
+    budget = problem.budget
+    if budget.accuracy_drop is not None and budget.reference != "fp32" and problem.menu[-1] < INT8:
+        raise BudgetError(
+            f"accuracy_drop={budget.accuracy_drop} counts from the model with 8 bits everywhere, which the menu "
+            f"{problem.menu} does not allow: add 8 to it, or give reference='fp32', or accuracy= instead"
+        )
     problem = dataclasses.replace(problem, style=ternary(problem.style, settings.scale2))
     layout = Layout(problem, activations=moves_inputs(problem, settings), complete=complete)
     layout.require_possible()

@@ -295,6 +295,8 @@ def test_bad_input_is_told_before_any_work() -> None:
         searched(Budget(average_bits=1.5), accuracy)
     with pytest.raises(BudgetError, match=r"size_bytes=10 cannot.*; a budget of average_bits=1 cannot"):
         searched(Budget(size_bytes=10, average_bits=1), accuracy)
+    with pytest.raises(BudgetError, match=r"accuracy_drop=1 counts from .*menu \(2, 4\) does not allow: add 8"):
+        searched(Budget(average_bits=3, accuracy_drop=1), accuracy, menu=(2, 4))
     with pytest.raises(QuantizationError, match="no quantizable layer"):
         searched(Budget(average_bits=4), accuracy, model=nn.Sequential(nn.ReLU()))
     with pytest.raises(PlanError, match="nothing to choose"):
