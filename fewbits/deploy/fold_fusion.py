@@ -134,7 +134,8 @@ def _way(layer: Any, how: str) -> str:
     """Return "requant" or "weight", or why the layer can have neither."""
     quantizer = getattr(layer, "input_quantizer", None)
     if how == "requant" and quantizer is not None:
-        if _static(quantizer) or (isinstance(quantizer, N2UQ) and quantizer.calibrated):
+        enough = isinstance(quantizer, N2UQ) and quantizer.plan.bits > 1  # one threshold has no slope to train with
+        if _static(quantizer) or (enough and quantizer.calibrated):
             return "requant"
         return f"the input quantizer {quantizer.plan.quantizer!r} cannot take it in"
     one_tap = not isinstance(layer, CONVOLUTIONS) or set(layer.kernel_size) == {1}

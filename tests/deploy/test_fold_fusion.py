@@ -224,6 +224,15 @@ def test_learned_thresholds_take_a_fusion_in_and_leave_no_operator(tmp_path: Pat
     assert torch.equal(fb.load(tmp_path / "m.safetensors", UNet())(x), packed(x))
 
 
+def test_a_single_threshold_keeps_its_node_and_the_model_as_it_was() -> None:
+    x = torch.randn(4, 3, 16, 16)
+    model = balanced(x, quantizer="n2uq", bits=1, symmetric=False)
+    calibrate_fusion(model, [x])
+    want = model(x)
+    assert set(fold_fusion(model, [x]).values()) == {"kept: the input quantizer 'n2uq' cannot take it in"}
+    assert torch.equal(model(x), want)
+
+
 def test_plain_nodes_leave_and_dynamic_quantizers_keep_theirs() -> None:
     x = torch.randn(4, 3, 16, 16)
     model = balanced(x, FusionSettings("off", norm=False))
