@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from fewbits.errors import TrainingError
+from collections.abc import Mapping
+from typing import Any
+
+from fewbits.errors import CheckpointError, TrainingError
 from fewbits.layers.fusion import fusion_nodes
 from fewbits.layers.fusion_control import freeze_fusion, fusion_numbers, update_fusion
 from fewbits.train.hooks import Hook
@@ -21,6 +24,17 @@ class BalanceFusion(Hook):
         if not 0 <= freeze_at <= 1:
             raise TrainingError(f"freeze_at is a share of the steps, 0..1, got {freeze_at!r}")
         self.freeze_at = freeze_at
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the share, which a resumed run must have in common."""
+        return {"freeze_at": self.freeze_at}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise CheckpointError for another share: the run would not be the one that was stopped."""
+        if (saved := state.get("freeze_at", self.freeze_at)) != self.freeze_at:
+            raise CheckpointError(
+                f"the run was started with freeze_at={saved}, now it is {self.freeze_at}; give {saved}"
+            )
 
     def on_start(self, state: TrainState) -> None:
         """Check that there is something to control."""

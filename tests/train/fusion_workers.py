@@ -53,7 +53,9 @@ class StopAt(Hook):
             raise KeyboardInterrupt
 
 
-def train(out: Path | None, stop_at: int | None = None, resume: bool = False, batch: int = 8) -> nn.Module:
+def train(
+    out: Path | None, stop_at: int | None = None, resume: bool = False, batch: int = 8, freeze_at: float = 0.9
+) -> nn.Module:
     """Train twenty steps of two batches each; return the model."""
     torch.manual_seed(5)
     model = Fused()
@@ -61,7 +63,7 @@ def train(out: Path | None, stop_at: int | None = None, resume: bool = False, ba
     config = FitConfig(
         max_steps=20, lr=0.05, accumulate=2, log_every=1, checkpoint_every=3, accelerator="cpu", progress=False
     )
-    hooks = [BalanceFusion(), StopAt(stop_at)]
+    hooks = [BalanceFusion(freeze_at), StopAt(stop_at)]
     fit(model, Batches(Scenes(), batch), loss, config, out=out, hooks=hooks, resume=resume)
     return model
 

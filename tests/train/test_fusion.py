@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbits.errors import TrainingError
+from fewbits.errors import CheckpointError, TrainingError
 from fewbits.layers import fusion_nodes
 from fewbits.train import BalanceFusion, Batches, FitConfig, fit
 
@@ -28,6 +28,8 @@ def test_the_loop_logs_moves_freezes_and_resumes_to_the_bit(tmp_path: Path) -> N
 
     with pytest.raises(KeyboardInterrupt):
         fusion_workers.train(tmp_path / "cut", stop_at=11)
+    with pytest.raises(CheckpointError, match=r"started with freeze_at=0\.9, now it is 0\.5"):
+        fusion_workers.train(tmp_path / "cut", resume=True, freeze_at=0.5)
     again = fusion_workers.train(tmp_path / "cut", resume=True)
     assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     for name, value in whole.state_dict().items():
