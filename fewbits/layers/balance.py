@@ -183,6 +183,7 @@ def _make(site: FusionSite, owner: nn.Module, settings: FusionSettings | None) -
     own = getattr(owner, "branches", ())  # a module may name its branches
     names = tuple(own) if len(own) == len(site.branches) else site.branches
     node = BalancedFusion(names, settings, op=site.op, axis=site.axis, label=f"fusion node {site.name!r}")
+    node.owned = True
     return node.train(owner.training)
 
 

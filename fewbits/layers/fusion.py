@@ -110,6 +110,7 @@ class BalancedFusion(nn.Module):
         self.register_buffer("sigma", torch.ones(()))
         self.frozen, self.constant, self.clamped = False, False, 0  # clamped: steps at which lambda met its limit
         self.watching = True  # measure gradients in training
+        self.owned = False  # by a module that watches its inputs (``balance``)
         self._squares: list[Tensor | None] = [None] * count  # of the gradients since the last update
         self._sizes = [1.0] * count  # values a sample
 
@@ -129,6 +130,11 @@ class BalancedFusion(nn.Module):
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the fused tensor, in the dtype of the plain operator. Raises QuantizationError for shapes unfit."""
         tensors = self._checked(tensors)
+        if self.settings.measure == "inputs" and not self.owned:
+            raise QuantizationError(
+                f"{self.label}: measure='inputs' is for nodes that balance_fusion puts into a module; this one knows "
+                "no inputs but its branches: use measure='branches'"
+            )
         h = self.fuse(self.watched(tensors) if self.settings.measure == "branches" else tensors)
         if not self.settings.norm:
             return h

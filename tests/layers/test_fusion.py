@@ -247,6 +247,8 @@ def test_one_branch_or_branches_of_other_sizes_are_refused() -> None:
     node = BalancedFusion(2, label="fusion node 'neck.cat0'")
     with pytest.raises(QuantizationError, match=r"'neck.cat0': branches of shapes .*\[2, 3, 5, 5\], \[2, 3, 6, 6\]"):
         node([torch.randn(2, 3, 5, 5), torch.randn(2, 3, 6, 6)])
+    with pytest.raises(QuantizationError, match="measure='inputs' is for nodes that balance_fusion puts"):
+        BalancedFusion(2, FusionSettings(measure="inputs"))(pair(3, 4))
     with pytest.raises(QuantizationError, match="agree in every axis"):
         BalancedFusion(2, op="add")([torch.randn(2, 3, 5, 5), torch.randn(2, 3, 1, 1)])
     with pytest.raises(QuantizationError, match="got 3 tensors for the branches"):
