@@ -11,6 +11,7 @@ A distance is the sum of what each target is missed by, in buffers. The nearest 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -115,6 +116,14 @@ class Search:
         self.subject.refresh()
         accuracy, epochs = self.subject.cycle(settings.epochs_reference, settings.evaluate_every)
         state.accuracies["int8"] = accuracy
+        floor = self.goal.floor
+        if floor is not None and floor <= 0 < (self.budget.accuracy_drop or 0):
+            warnings.warn(
+                f"accuracy_drop={self.budget.accuracy_drop} is met by any model: the reference has "
+                f"{state.accuracies[self.budget.reference or 'int8']:.4g} percent; give a smaller drop, or an evaluate "
+                "that returns percent, not a share of 1",
+                stacklevel=2,
+            )
         state.reference = state.now = state.stable = self._mark(bits, accuracy)
         state.best = self.goal.distance(accuracy, state.now.costs)
         state.seen.append(bits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,18 @@ def test_bops_move_weights_and_inputs() -> None:
 def test_fewer_layers_than_clusters(layers: int) -> None:
     result = searched(Budget(average_bits=4.0), layers=layers)
     assert result.status == "ok" and result.costs["average_bits"] <= 4
+
+
+def test_a_drop_that_any_accuracy_meets_is_warned_of() -> None:
+    class Share(Accuracy):
+        def __call__(self, model: nn.Module) -> float:
+            return super().__call__(model) / 100
+
+    with pytest.warns(UserWarning, match=r"accuracy_drop=1\.0 is met by any model: the reference has 0\.8.* percent"):
+        searched(Budget(average_bits=4, accuracy_drop=1.0), Share())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        searched(Budget(average_bits=4, accuracy_drop=1.0))
 
 
 def test_no_steps_are_done_where_none_are_asked_for() -> None:
