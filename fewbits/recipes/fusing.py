@@ -6,11 +6,13 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from fewbits.allocate import uniform_plan
 from fewbits.deploy import fold_and_measure, fold_fusion
 from fewbits.errors import RecipeError
-from fewbits.layers import BalancedFusion, balance_fusion, fusion_nodes
+from fewbits.layers import BalancedFusion, balance_fusion, calibrate, fusion_nodes, in_eval, quantize
 from fewbits.losses import Taps
 from fewbits.recipes.schema import Alignment, Fusion, Recipe
 from fewbits.train.loop import Loss
@@ -19,12 +21,17 @@ Batches = Iterable[Tensor]
 
 
 def check_fusion(model: nn.Module, recipe: Recipe, example: Tensor) -> None:
-    """Raise PlanError or TrainingError for nodes or taps that the float model does not have."""
+    """Raise PlanError or TrainingError for nodes or taps that the float model does not have, or that cannot be tapped."""
     trial = copy.deepcopy(model)
     if recipe.fusion is not None:
         balance_fusion(trial, example, recipe.fusion.nodes, recipe.fusion.settings())
     if recipe.alignment is not None:
-        Taps(trial, copy.deepcopy(model), recipe.alignment.taps)
+        taps = Taps(trial, copy.deepcopy(model), recipe.alignment.taps)
+        calibrate(quantize(trial, uniform_plan(trial, 8, 8), verbose=False), [example])
+        with taps, in_eval(trial), torch.no_grad():  # whatever the plan will be: is there a quantizer behind each?
+            trial(example)
+            taps.teach(example)
+        taps.features()
 
 
 def require_foldable(model: nn.Module, rules: Fusion, batches: Batches) -> None:

@@ -91,6 +91,11 @@ def test_an_add_whose_gains_will_part_is_told_before_the_training(tmp_path: Path
     [
         ({"fusion": {"nodes": ["up.0.fuse.cat1"]}}, PlanError, r"did you mean 'up\.0\.fuse\.cat0'"),
         ({"alignment": {"taps": ["up.9"]}}, TrainingError, r"no module 'up\.9' to tap"),
+        (
+            {"alignment": {"taps": ["down.1"]}},
+            TrainingError,
+            "no layer with an input quantizer takes in what .down.1. returns",
+        ),
     ],
 )
 def test_unknown_names_stop_a_run_before_the_float_training(
