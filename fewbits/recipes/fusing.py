@@ -21,7 +21,7 @@ Batches = Iterable[Tensor]
 
 
 def check_fusion(model: nn.Module, recipe: Recipe, example: Tensor) -> None:
-    """Raise PlanError or TrainingError for nodes or taps that the float model does not have, or that cannot be tapped."""
+    """Raise PlanError or TrainingError for nodes or taps that the float model does not have, or has no use for."""
     trial = copy.deepcopy(model)
     if recipe.fusion is not None:
         balance_fusion(trial, example, recipe.fusion.nodes, recipe.fusion.settings())
