@@ -21,7 +21,18 @@ ORDER = (  # the folders of the design, top first; a folder imports from itself 
     *("allocate", "cost", "layers", "quantizers", "plan", "errors"),
 )
 LEVEL = {name: level for level, name in enumerate(ORDER)}
-HEAVY = {"torchvision", "timm", "transformers", "onnx", "onnxruntime", "onnxscript", "plotly", "sklearn", "matplotlib"}
+HEAVY = {
+    "fairlearn",
+    "torchvision",
+    "timm",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "plotly",
+    "sklearn",
+    "matplotlib",
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
