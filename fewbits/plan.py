@@ -65,7 +65,8 @@ class TensorPlan:
     bits: width of a code, 1..8 (16 for activations). quantizer: a registered name. symmetric: no zero point.
     granularity: what shares a scale. block: elements of a block along the contraction axis. range: how calibration
     finds the initial range; dynamic quantizers are not calibrated, and have an option of their own. sparsity: "N:M",
-    of weights only. options: further keyword arguments of the quantizer.
+    of weights only. channel_bits: the width of each channel, for granularity "channel"; ``bits`` is then the widest.
+    options: further keyword arguments of the quantizer.
     """
 
     bits: int
@@ -75,6 +76,7 @@ class TensorPlan:
     block: int | None = None
     range: str = "mse"
     sparsity: str | None = None
+    channel_bits: tuple[int, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -95,9 +97,29 @@ class TensorPlan:
                 f"sparsity={self.sparsity!r} with symmetric=False: a zero point or an offset would make pruned weights "
                 "other than zero; use symmetric=True"
             )
+        if self.channel_bits is not None:
+            self._check_channels()
         if not isinstance(self.options, Mapping):
             raise PlanError(f"options must be a mapping of keyword arguments, got {self.options!r}")
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+
+    def _check_channels(self) -> None:
+        widths = self.channel_bits
+        if not isinstance(widths, (list, tuple)) or not widths or any(b not in WEIGHT_BITS[1:] for b in widths):
+            raise PlanError(f"channel_bits holds a width of {WEIGHT_BITS[1:]} for each channel, got {widths!r}")
+        if max(widths) != self.bits:
+            raise PlanError(f"bits={self.bits} with channel_bits up to {max(widths)}: bits is the widest of them")
+        if self.granularity != "channel" or not self.symmetric or self.sparsity is not None:
+            raise PlanError(
+                "channel_bits needs granularity='channel', symmetric=True and no sparsity, got "
+                f"granularity={self.granularity!r}, symmetric={self.symmetric}, sparsity={self.sparsity!r}"
+            )
+        object.__setattr__(self, "channel_bits", tuple(widths))
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits of a code, the mean over channels where they differ."""
+        return self.bits if self.channel_bits is None else sum(self.channel_bits) / len(self.channel_bits)
 
     @property
     def pattern(self) -> Sparsity | None:

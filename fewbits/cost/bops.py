@@ -25,7 +25,7 @@ def bops(plan: Plan, shape: ModelShape) -> int:
 def layer_bops(layer: LayerShape, plan: LayerPlan | None) -> int:
     """Return the bit operations of one layer under its own plan."""
     plan = plan or LayerPlan()
-    products = layer.macs * _bits(plan.weight) * _bits(plan.input)
+    products = round(layer.macs * (FLOAT_BITS if plan.weight is None else plan.weight.mean_bits) * _bits(plan.input))
     if plan.weight is not None and (pattern := plan.weight.pattern) is not None:
         products = pattern.count(products)
     return products + layer.operand_macs * _bits(plan.operands) ** 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,11 @@ def multiplier_codes(codes: Codes) -> Tensor:
     return grid.index(codes.values) - half
 
 
-def code_cycles(codes: Tensor, bits: int) -> Tensor:
-    """Return max(1, set bits) of n-bit two's complement integers, by element."""
+def code_cycles(codes: Tensor, bits: int | Tensor) -> Tensor:
+    """Return max(1, set bits) of n-bit two's complement integers, by element. bits: n, or that of each element."""
     field = codes.to(torch.int64) & (2**bits - 1)
     ones = torch.zeros_like(field)
-    for k in range(bits):
+    for k in range(int(torch.as_tensor(bits).max())):
         ones += (field >> k) & 1
     return ones.clamp(min=1)
 
@@ -79,11 +80,20 @@ def _mean_cycles(name: str, layer: nn.Module, plan: TensorPlan, sample: int) -> 
         with torch.no_grad():
             quantizer, weight = _quantizer(layer, plan, sample)
             codes = quantizer.encode(weight)
-            counted = code_cycles(multiplier_codes(codes), codes.bits).double()
+            counted = code_cycles(multiplier_codes(codes), _widths(codes)).double()
             pruned = quantizer.pruned(weight)
     except QuantizationError as problem:
         raise QuantizationError(f"weight of layer {name!r}: {problem}") from problem
     return float((counted if pruned is None else counted[~pruned]).mean())
+
+
+def _widths(codes: Codes) -> int | Tensor:
+    """Return the width of the codes, or where channels differ that of each, shaped to broadcast."""
+    if codes.channel_bits is None:
+        return codes.bits
+    shape = [1] * codes.values.ndim
+    shape[codes.grouping.axis] = -1
+    return torch.tensor(codes.channel_bits, device=codes.values.device).reshape(shape)
 
 
 def _quantizer(layer: nn.Module, plan: TensorPlan, sample: int) -> tuple[Quantizer, Tensor]:
@@ -97,4 +107,7 @@ def _quantizer(layer: nn.Module, plan: TensorPlan, sample: int) -> tuple[Quantiz
     kept = max(1, min(count, sample * count // max(weight.numel(), 1)))
     index = torch.arange(kept, device=weight.device) * count // kept
     chosen = weight.detach().index_select(twin.channel_axis, index)
+    if plan.channel_bits is not None:
+        widths = tuple(plan.channel_bits[i] for i in index.tolist())
+        plan = replace(plan, bits=max(widths), channel_bits=widths)
     return twin.make_weight_quantizer(chosen, plan), chosen

@@ -125,7 +125,7 @@ class ShiftAddMac(MacArray):
     def product_cycles(self, work: Work, mean: float | None) -> float:
         """Return the mean cycles of one product. Raises HardwareError where they are to be measured, and are not."""
         if self.cycles_from == "linear":
-            return self.linear_cycles(work.weight_bits)
+            return self.linear_cycles(work.mean_bits)
         if mean is None and work.macs:
             raise HardwareError(
                 f"layer {work.name!r}: cycles_from 'measured' needs the mean cycles of its weight: pass those of "
@@ -136,10 +136,10 @@ class ShiftAddMac(MacArray):
     def product_pj(self, work: Work, mean: float | None) -> float:
         """Return the mean energy of one product."""
         if self.cycles_from == "linear":
-            return self.base_pj + self.bit_pj * work.weight_bits
+            return self.base_pj + self.bit_pj * work.mean_bits
         return self.base_pj + self.cycle_pj * self.product_cycles(work, mean)
 
-    def linear_cycles(self, bits: int) -> float:
+    def linear_cycles(self, bits: float) -> float:
         """Return cycles_per_bit * bits, at least one."""
         return max(1.0, self.cycles_per_bit * bits)
 

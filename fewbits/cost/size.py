@@ -22,7 +22,7 @@ class LayerSize:
 
     name: str
     kind: str
-    bits: int
+    bits: float
     codes: int
     scales: int
     floats: int
@@ -95,12 +95,15 @@ def layer_size(layer: LayerShape, plan: LayerPlan) -> LayerSize:
         floats = layer.out_channels * WORD  # the bias, that takes the shift
     codes = 0 if layer.shared else code_bytes(layer.numel, plan.weight)
     scales = 0 if layer.shared else weight_scale_bytes(layer, plan.weight, folded)
-    return LayerSize(layer.name, layer.kind, plan.weight.bits, codes, scales + activations, floats)
+    return LayerSize(layer.name, layer.kind, plan.weight.mean_bits, codes, scales + activations, floats)
 
 
 def code_bytes(numel: int, plan: TensorPlan) -> int:
     """Return the bytes of the codes of ``numel`` weights; those of an N:M sparse weight come with their positions."""
     pattern = plan.pattern
+    if plan.channel_bits is not None:
+        length, widths = numel // len(plan.channel_bits), plan.channel_bits
+        return sum(math.ceil(widths.count(b) * length * b / 8) for b in set(widths))
     if pattern is None:
         return math.ceil(numel * plan.bits / 8)
     kept = pattern.count(numel)
@@ -113,13 +116,13 @@ def stored_bits(plan: TensorPlan) -> float:
     Not to be mixed up with ``arithmetic_bits``: 2:4 at one bit is 1.5 bits stored, and 0.5 of a bit computed with.
     """
     pattern = plan.pattern
-    return plan.bits if pattern is None else (plan.bits + pattern.position_bits) * pattern.kept / pattern.of
+    return plan.mean_bits if pattern is None else (plan.bits + pattern.position_bits) * pattern.kept / pattern.of
 
 
 def arithmetic_bits(plan: TensorPlan) -> float:
     """Return the bits of one weight as a multiplication sees them: bits * N / M where N:M sparse."""
     pattern = plan.pattern
-    return plan.bits if pattern is None else plan.bits * pattern.kept / pattern.of
+    return plan.mean_bits if pattern is None else plan.bits * pattern.kept / pattern.of
 
 
 def weight_scale_bytes(layer: LayerShape, plan: TensorPlan, folded: bool = False) -> int:

@@ -15,6 +15,7 @@ class Work:
     """One layer on the example that the shape was taken with; 32 bits stand for float.
 
     macs: products of the input with the weight, pruned ones left out. operand_macs: between two activations.
+    weight_bits: of the widest channel; mean_bits: the mean over channels.
     stored_bits: of one weight in memory, so with the positions of sparse ones. weights: those that are read, once each.
     inputs: elements that are read, once each.
     """
@@ -23,6 +24,7 @@ class Work:
     macs: int
     operand_macs: int
     weight_bits: int
+    mean_bits: float
     input_bits: int
     operand_bits: int
     weights: int
@@ -68,6 +70,7 @@ def layer_work(layer: LayerShape, plan: LayerPlan | None, *, dense: bool = False
         macs=macs,
         operand_macs=layer.operand_macs,
         weight_bits=FLOAT_BITS if weight is None else weight.bits,
+        mean_bits=FLOAT_BITS if weight is None else weight.mean_bits,
         input_bits=FLOAT_BITS if plan.input is None else plan.input.bits,
         operand_bits=FLOAT_BITS if plan.operands is None else plan.operands.bits,
         weights=layer.numel if layer.macs else 0,

@@ -47,6 +47,30 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     return index.reshape(-1)[:count]
 
 
+def pack_rows(rows: Tensor, widths: Sequence[int]) -> Tensor:
+    """Pack symmetric codes [G, m], -(2^(b - 1) - 1) .. 2^(b - 1) - 1 in a row of b bits, each row at its own width.
+
+    The rows of one width are one stream of ``pack_bits``, in their order; the narrowest come first.
+    """
+    width = torch.tensor(widths)
+    return torch.cat([pack_bits(rows[width == b] + (2 ** (b - 1) - 1), b) for b in sorted(set(widths))])
+
+
+def unpack_rows(packed: Tensor, widths: Sequence[int], length: int) -> Tensor:
+    """Undo ``pack_rows`` for rows of ``length`` codes: int32 [G, length]."""
+    width, rows, start = torch.tensor(widths), torch.empty(len(widths), length, dtype=torch.int32), 0
+    need = {b: widths.count(b) * length for b in sorted(set(widths))}
+    total = sum(packed_bytes(count, b) for b, count in need.items())
+    if packed.numel() != total:
+        raise PackedFileError(f"rows of {need} codes by width take {total} bytes, the stream has {packed.numel()}")
+    for b, count in need.items():
+        end = start + packed_bytes(count, b)
+        index = unpack_bits(packed[start:end].clone(), b, count).to(torch.int32)
+        rows[width == b] = (index - (2 ** (b - 1) - 1)).reshape(-1, length)
+        start = end
+    return rows
+
+
 def gather_kept(values: Tensor, pattern: Sparsity, axis: int) -> tuple[Tensor, Tensor]:
     """Return the N kept values of each group of M along ``axis``, and their positions 0..M - 1 in increasing order.
 

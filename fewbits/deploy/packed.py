@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbits.deploy.bits import gather_kept, pack_bits, scatter_kept, unpack_bits
+from fewbits.deploy.bits import gather_kept, pack_bits, pack_rows, scatter_kept, unpack_bits, unpack_rows
 from fewbits.errors import PackedFileError
 from fewbits.layers import QuantizedLayer, twin_class
 from fewbits.plan import Sparsity
@@ -24,7 +24,8 @@ class PackedWeight(nn.Module):
     """Codes of one weight as a dense bit stream.
 
     Buffers: codes (uint8 bytes), scale [G] float32, zero_point [G] int32 or None, offset [G] float32 or None. Of an N:M
-    sparse weight only the N codes of each group are there, with their positions (uint8 bytes; None where dense).
+    sparse weight only the N codes of each group are there, with their positions (uint8 bytes; None where dense). Of one
+    whose channels differ in width, the channels of each width are a stream of their own, the narrowest first.
     """
 
     codes: Tensor
@@ -33,6 +34,7 @@ class PackedWeight(nn.Module):
     offset: Tensor | None
     positions: Tensor | None
     sparsity: Sparsity | None = None
+    channel_bits: tuple[int, ...] | None = None
 
     def __init__(self, codes: Codes | None = None) -> None:
         super().__init__()
@@ -45,18 +47,27 @@ class PackedWeight(nn.Module):
         """Take over codes."""
         self.grid, self.grouping, self.dtype = codes.grid, codes.grouping, codes.dtype
         self.shape, self.sparsity = tuple(codes.values.shape), codes.sparsity
+        self.channel_bits = codes.channel_bits
         values, device = codes.values.cpu(), codes.scale.device
         if codes.sparsity is not None:
             values, positions = gather_kept(values, codes.sparsity, codes.grouping.contraction)
             self.positions = pack_bits(positions, codes.sparsity.position_bits).to(device)
-        self.codes = pack_bits(codes.grid.index(values), codes.bits).to(device)
+        if codes.channel_bits is None:
+            packed = pack_bits(codes.grid.index(values), codes.bits)
+        else:
+            packed = pack_rows(codes.grouping.rows(values)[0], codes.channel_bits)
+        self.codes = packed.to(device)
         self.scale, self.zero_point, self.offset = codes.scale, codes.zero_point, codes.offset
 
     def get(self) -> Codes:
         """Return the codes."""
         grid, grouping, pattern, count = self.grid, self.grouping, self.sparsity, math.prod(self.shape)
         kept = count if pattern is None else pattern.count(count)
-        values = grid.value(unpack_bits(self.codes.cpu(), grid.bits, kept)).to(torch.int32)
+        if self.channel_bits is not None:
+            rows = unpack_rows(self.codes.cpu(), self.channel_bits, count // len(self.channel_bits))
+            values = grouping.merge([rows], self.shape)
+        else:
+            values = grid.value(unpack_bits(self.codes.cpu(), grid.bits, kept)).to(torch.int32)
         if pattern is None:
             values = values.reshape(self.shape)
         else:
@@ -65,7 +76,8 @@ class PackedWeight(nn.Module):
             positions = unpack_bits(self.positions.cpu(), pattern.position_bits, kept)
             values = scatter_kept(values, positions, pattern, self.shape, grouping.contraction)
         values = values.to(self.scale.device)
-        return Codes(values, self.scale, self.zero_point, self.offset, grid, grouping, self.dtype, pattern)
+        widths = self.channel_bits
+        return Codes(values, self.scale, self.zero_point, self.offset, grid, grouping, self.dtype, pattern, widths)
 
     def decode(self) -> Tensor:
         """Return the real weight."""
@@ -75,8 +87,10 @@ class PackedWeight(nn.Module):
         """Return all that is not a tensor, as plain data."""
         grid, grouping = self.grid, self.grouping
         sparse = {} if self.sparsity is None else {"sparsity": str(self.sparsity)}
+        mixed = {} if self.channel_bits is None else {"channel_bits": list(self.channel_bits)}
         return {
             **sparse,
+            **mixed,
             "shape": list(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
             "grid": [grid.bits, grid.lowest, grid.highest, grid.step],
@@ -88,6 +102,7 @@ class PackedWeight(nn.Module):
         self.grid, self.grouping = Grid(*state["grid"]), Grouping(*state["grouping"])
         self.shape, self.dtype = tuple(state["shape"]), getattr(torch, state["dtype"])
         self.sparsity = Sparsity.parse(state["sparsity"]) if "sparsity" in state else None
+        self.channel_bits = tuple(state["channel_bits"]) if "channel_bits" in state else None
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the tensors as they come: their sizes are known only from the file."""

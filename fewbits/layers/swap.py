@@ -182,7 +182,7 @@ def describe(plan: TensorPlan | None, unit: str = " bit") -> str:
     block = f" {plan.block}" if plan.block else ""
     affine = "" if plan.symmetric else " affine"
     sparse = f" {plan.sparsity}" if plan.sparsity else ""
-    return f"{plan.bits}{unit} {plan.quantizer}{one}{block}{affine}{sparse}"
+    return f"{plan.mean_bits:g}{unit} {plan.quantizer}{one}{block}{affine}{sparse}"
 
 
 def _reason(module: nn.Module) -> str:

@@ -45,6 +45,7 @@ class Quantizer(nn.Module):
     dynamic: ClassVar[bool] = False  # True: statistics come from each tensor anew, so there is nothing to calibrate
     has_offset: ClassVar[bool] = False  # True: where not symmetric, codes come with a real offset, not a zero point
     can_prune: ClassVar[bool] = False  # True: follows ``plan.sparsity``
+    can_mix: ClassVar[bool] = False  # True: follows ``plan.channel_bits``
 
     def __init__(self, plan: TensorPlan, grouping: Grouping, groups: int) -> None:
         super().__init__()
@@ -154,10 +155,24 @@ def make_quantizer(
     _check_sparsity(plan, cls, grouping, shape)
     one = plan.granularity == "tensor"
     groups = grouping.count(shape) if shape is not None else 1 if one else channels
+    _check_channels(plan, cls, groups)
     try:
         return cls(plan, grouping, groups, **plan.options)
     except TypeError as error:
         raise PlanError(f"quantizer {plan.quantizer!r} cannot take options {dict(plan.options)}: {error}") from error
+
+
+def _check_channels(plan: TensorPlan, cls: type[Quantizer], groups: int) -> None:
+    """Raise PlanError where this quantizer or this tensor cannot have the plan's widths of channels."""
+    if plan.channel_bits is None:
+        return
+    if not cls.can_mix:
+        able = sorted(name for name, known in QUANTIZERS.items() if known.can_mix)
+        raise PlanError(
+            f"quantizer {plan.quantizer!r} has one width for all channels: drop channel_bits, or take {able}"
+        )
+    if len(plan.channel_bits) != groups:
+        raise PlanError(f"channel_bits has {len(plan.channel_bits)} widths, the tensor {groups} channels")
 
 
 def _check_sparsity(plan: TensorPlan, cls: type[Quantizer], grouping: Grouping, shape: tuple[int, ...] | None) -> None:

@@ -54,7 +54,7 @@ class Codes:
     row of the grouping ([G]). ``decode`` is ``(values - zero_point) * scale + offset``, computed in float32 (float64
     for float64 tensors) and cast to dtype. sparsity: the N:M pattern along the contraction axis: no group of M has
     more than N values other than 0, also on an odd grid, which has no 0 of its own. There is no zero point or offset
-    then.
+    then. channel_bits: width of each row where they differ; the grid is that of the widest.
     """
 
     values: Tensor
@@ -65,10 +65,11 @@ class Codes:
     grouping: Grouping
     dtype: torch.dtype
     sparsity: Sparsity | None = None
+    channel_bits: tuple[int, ...] | None = None
 
     @property
     def bits(self) -> int:
-        """Width of a code in bits."""
+        """Width of a code in bits, of the widest where they differ."""
         return self.grid.bits
 
     def decode(self) -> Tensor:

@@ -32,7 +32,7 @@ def _row(name: str, layer: QuantizedLayer, shape: LayerShape) -> dict[str, Any]:
     return {
         "name": name,
         "kind": float_class(layer).__name__,
-        "weight_bits": None if weight is None else weight.bits,
+        "weight_bits": None if weight is None else weight.mean_bits,
         "input_bits": None if given is None else given.bits,
         "granularity": None if weight is None else weight.granularity,
         "quantizer": None if weight is None else weight.quantizer,
