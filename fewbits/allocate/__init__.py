@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from fewbits.allocate import order, separable, uniform
+from fewbits.allocate import fair, order, separable, uniform
 from fewbits.allocate.budget import Budget, plan_costs
 from fewbits.allocate.hessian import hessian, hessian_traces
+from fewbits.allocate.importance import Importance, group_importance
 from fewbits.allocate.measured import measured
 from fewbits.allocate.problem import METHODS, Problem, allocator, find_method, require_takes
 from fewbits.allocate.search_settings import SearchSettings
@@ -25,9 +26,9 @@ from fewbits.cost import model_shape
 from fewbits.plan import Plan
 
 __all__ = [
-    "METHODS", "Budget", "Problem", "SearchResult", "SearchSettings", "Solution", "Style", "allocate", "allocator",
-    "fisher", "hessian", "hessian_traces", "measured", "order", "plan_costs", "separable", "sigma", "sigma_fisher",
-    "sigma_search", "solve", "uniform", "uniform_plan", "weight_mse",
+    "METHODS", "Budget", "Importance", "Problem", "SearchResult", "SearchSettings", "Solution", "Style", "allocate",
+    "allocator", "fair", "fisher", "group_importance", "hessian", "hessian_traces", "measured", "order", "plan_costs",
+    "separable", "sigma", "sigma_fisher", "sigma_search", "solve", "uniform", "uniform_plan", "weight_mse",
 ]  # fmt: skip
 
 
