@@ -9,6 +9,7 @@ from fewbits.layers.fusion_control import freeze_fusion, fusion_numbers, update_
 from fewbits.layers.fusion_sites import FusionSite, find_sites
 from fewbits.layers.intercept import register_attention, wrap_owners
 from fewbits.layers.settle import reestimate_batch_norms, settle_fusion
+from fewbits.layers.settle_bits import settle_bits
 from fewbits.layers.swap import (
     calibrate,
     call,
@@ -30,5 +31,5 @@ __all__ = [
     "balance_fusion", "calibrate", "call", "dequantize", "describe", "find_sites", "float_class", "freeze_fusion",
     "fusion_nodes", "fusion_numbers", "in_eval", "open_ends", "print_table", "quantizable", "quantize",
     "quantized_layers", "quantizes", "reestimate_batch_norms", "register_attention", "remove_fusion", "report_layers",
-    "set_mode", "settle_fusion", "twin_class", "twins", "update_fusion", "wrap_owners",
+    "set_mode", "settle_bits", "settle_fusion", "twin_class", "twins", "update_fusion", "wrap_owners",
 ]  # fmt: skip

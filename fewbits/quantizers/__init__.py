@@ -6,6 +6,7 @@ from fewbits.quantizers.codes import Codes, Grid
 from fewbits.quantizers.denoise import Denoise
 from fewbits.quantizers.dynamic import Dynamic
 from fewbits.quantizers.grouping import Grouping
+from fewbits.quantizers.learnable_bits import LearnableBits, project
 from fewbits.quantizers.maxabs import MaxAbs
 from fewbits.quantizers.n2uq import N2UQ
 from fewbits.quantizers.pact import PACT
@@ -15,6 +16,6 @@ from fewbits.quantizers.uniform import LSQ, LSQPlus, Uniform
 
 __all__ = [
     "LSQ", "N2UQ", "PACT", "QUANTIZERS", "BitNet", "Codes", "Denoise", "Dynamic", "DynamicSTE", "Grid", "Grouping",
-    "LSQPlus", "MaxAbs", "ParetoQ", "Quantizer", "Requantize", "Rethreshold", "Uniform", "make_quantizer",
-    "quantizer_class", "recomputed", "register_quantizer",
+    "LSQPlus", "LearnableBits", "MaxAbs", "ParetoQ", "Quantizer", "Requantize", "Rethreshold", "Uniform",
+    "make_quantizer", "project", "quantizer_class", "recomputed", "register_quantizer",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fewbits.train.bits import LearnBits
 from fewbits.train.checkpoint import Checkpoints
 from fewbits.train.config import FitConfig
 from fewbits.train.data import Batches, BatchSource, Examples, LoaderBatches
@@ -14,5 +15,5 @@ from fewbits.train.state import TrainState
 
 __all__ = [
     "BalanceFusion", "BatchSource", "Batches", "Checkpoints", "Ema", "Examples", "FitConfig", "FitResult", "Hook",
-    "LoaderBatches", "TrainState", "fit", "make_optimizer", "make_schedule", "parameter_groups",
+    "LearnBits", "LoaderBatches", "TrainState", "fit", "make_optimizer", "make_schedule", "parameter_groups",
 ]  # fmt: skip
