@@ -70,7 +70,8 @@ def stratified_indices(labels: Tensor, n: int, seed: int) -> Tensor:
 class LabelledImages(abc.ABC):
     """Images of which each has one of ``classes``.
 
-    labels: int64 [N]; classes: names in index order; mean, std: one value a channel, of pixels in 0..1.
+    labels: int64 [N]; classes: names in index order; mean, std: one value a channel, of pixels in 0..1. groups: whom
+    each image shows, int64 [N], an index into group_names, or -1 where that is not known; None: nobody asked.
     Raises DataError where there is no example, fewer than two classes, or a label without a class.
     """
 
@@ -78,6 +79,8 @@ class LabelledImages(abc.ABC):
     classes: tuple[str, ...]
     mean: Sequence[float]
     std: Sequence[float]
+    groups: Tensor | None = None
+    group_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.labels.ndim != 1 or self.labels.dtype != torch.int64:
@@ -92,6 +95,13 @@ class LabelledImages(abc.ABC):
             raise DataError(
                 f"label {int(self.labels[index])} of example {index} is outside 0..{len(self.classes) - 1} "
                 f"({len(self.classes)} classes); correct the label or list its class"
+            )
+        if self.groups is not None and (
+            self.groups.shape != self.labels.shape or int(self.groups.max()) >= len(self.group_names)
+        ):
+            raise DataError(
+                f"groups {list(self.groups.shape)} must be one index a label {list(self.labels.shape)}, below the "
+                f"{len(self.group_names)} groups {list(self.group_names)}"
             )
         if not len(self.mean) == len(self.std) == self.shape[0] or min(self.std) <= 0:
             raise DataError(
@@ -118,19 +128,30 @@ class LabelledImages(abc.ABC):
     def select(self: Self, indices: Indices) -> Self:
         """Return a data set of these examples only, in this order."""
 
+    @property
+    def strata(self) -> Tensor:
+        """What subsets and splits are stratified by, int64 [N]: the class, and the group where there are some."""
+        if self.groups is None:
+            return self.labels
+        return self.labels * (len(self.group_names) + 1) + self.groups + 1
+
     def subset(self: Self, n: int, seed: int = 0) -> Self:
-        """Return n examples, stratified by class. Raises DataError unless 1 <= n <= len(self)."""
-        return self.select(stratified_indices(self.labels, n, seed))
+        """Return n examples, stratified by class and group. Raises DataError unless 1 <= n <= len(self)."""
+        return self.select(stratified_indices(self.strata, n, seed))
 
     def split(self: Self, fraction: float, seed: int = 0) -> tuple[Self, Self]:
-        """Return two disjoint sets, stratified by class: ``fraction`` of the examples, and the others."""
+        """Return two disjoint sets, stratified by class and group: ``fraction`` of the examples, and the others."""
         n = round(fraction * len(self))
         if not 1 <= n < len(self):
             raise DataError(f"fraction {fraction} of {len(self)} examples leaves one side empty; choose within 0..1")
-        first = stratified_indices(self.labels, n, seed)
+        first = stratified_indices(self.strata, n, seed)
         others = torch.ones(len(self), dtype=torch.bool)
         others[first] = False
         return self.select(first), self.select(others.nonzero()[:, 0])
+
+    def chosen(self, rows: Tensor) -> Tensor | None:
+        """Return the groups of these examples."""
+        return None if self.groups is None else self.groups[rows]
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Iterate once over all examples in order, not augmented; the last batch may be smaller."""
@@ -177,7 +198,7 @@ class ImageExamples(LabelledImages):
     def select(self, indices: Indices) -> ImageExamples:
         """See ``LabelledImages.select``."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
-        return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows])
+        return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows], groups=self.chosen(rows))
 
 
 def crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:

@@ -64,7 +64,7 @@ class FolderExamples(LabelledImages):
         """See ``LabelledImages.select``."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
         files = [self.files[i] for i in rows.tolist()]
-        return dataclasses.replace(self, files=files, labels=self.labels[rows])
+        return dataclasses.replace(self, files=files, labels=self.labels[rows], groups=self.chosen(rows))
 
     def _read(self, file: str, draws: list[float] | None) -> Tensor:
         from torchvision.datasets.folder import pil_loader

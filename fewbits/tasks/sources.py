@@ -30,7 +30,7 @@ IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224,
 # Statistics of the training pixels, in 0..1.
 FASHION: dict[str, Any] = {"mean": (0.286,), "std": (0.353,)}
 DIGITS: dict[str, Any] = {"mean": (0.305,), "std": (0.376,)}
-SUPPLIED = ("images", "files", "labels", "classes")
+SUPPLIED = ("images", "files", "labels", "classes", "groups", "group_names")
 
 
 def load(name: str, path: str | Path | None = None, split: Split = "train", **options: Any) -> LabelledImages:
