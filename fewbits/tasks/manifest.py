@@ -128,8 +128,8 @@ def make_splits(
 ) -> tuple[str, ...]:
     """Return train, val or test for each example: 60/20/20, each (label, group) at its share.
 
-    together: examples of one name stay in one split, that of the first of them. Strata of fewer than five examples go to
-    train, with a warning.
+    together: examples of one name stay in one split, that of the first of them. Strata of fewer than five examples go
+    to train, with a warning.
     """
     first = list(range(len(labels)))
     if together is not None:
@@ -137,7 +137,7 @@ def make_splits(
         first = [seen.setdefault(name or f"#{i}", i) for i, name in enumerate(together)]
     heads = sorted(set(first))
     strata = (labels * (int(groups.max()) + 2) + groups + 1)[heads]
-    _, place, sizes = strata.unique(return_inverse=True, return_counts=True)
+    _, place, sizes = torch.unique(strata, return_inverse=True, return_counts=True)
     small = sizes[place] < 5
     if bool(small.any()):
         warnings.warn(f"{int(small.sum())} images of (label, group) pairs with fewer than 5 go to train", stacklevel=2)
@@ -160,12 +160,10 @@ def read_csv(file: Path) -> tuple[list[Row], list[str]]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as text:
             reader = csv.DictReader(text)
-            rows = [{key: value or "" for key, value in row.items() if key} for row in reader]
+            rows: list[Row] = [{str(k): str(v or "") for k, v in row.items() if k} for row in reader]
             return rows, [name for name in reader.fieldnames or [] if name]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"cannot read the manifest {str(file)!r}: {error}; it is a UTF-8 CSV file with a header"
-        ) from error
+        raise DataError(f"cannot read the manifest {str(file)!r}: {error}; expected UTF-8 CSV with a header") from error
 
 
 def fitzpatrick17k(file: Path, *, group: str = "binary", unknown: str = "drop") -> Manifest:
