@@ -6,19 +6,22 @@ Nothing is downloaded. A source without a path looks in ``../shared/data`` besid
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from fewbits.errors import DataError, RecipeError, nearest
+from fewbits.tasks import grouped
 from fewbits.tasks.data import ImageExamples, LabelledImages, shared_data_dir
 from fewbits.tasks.folder import FolderExamples, list_images
+from fewbits.tasks.grouped import with_minority
 from fewbits.tasks.readers import read_cifar_binary, read_mosaics, read_zip
 
 Split = Literal["train", "test"]
-Source = Callable[[Path | None, Split], LabelledImages]
+Source = Callable[..., LabelledImages]  # (path, split, *, options of its own)
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FASHION_CLASSES = (
@@ -36,19 +39,22 @@ SUPPLIED = ("images", "files", "labels", "classes", "groups", "group_names")
 def load(name: str, path: str | Path | None = None, split: Split = "train", **options: Any) -> LabelledImages:
     """Load one split of a data source.
 
-    name: a key of ``SOURCES``. path: its folder; None where the source is embedded or shared. options: fields
-    of what is returned: mean, std, flip, and crop_padding (in memory) or size, resize, min_crop_area, workers
-    (imagefolder). Raises RecipeError for an unknown name, split or option, DataError for unusable data.
+    name: a key of ``SOURCES``. path: its folder; None where the source is embedded or shared. options: the
+    source's own, and fields of what is returned: mean, std, flip, and crop_padding (in memory) or size, resize,
+    min_crop_area, workers (imagefolder). Raises RecipeError for an unknown name, split or option, DataError for
+    unusable data.
     """
     if name not in SOURCES:
         raise RecipeError(f"unknown data source {name!r}{nearest(name, SOURCES)}; known: {sorted(SOURCES)}")
     if split not in ("train", "test"):
         raise RecipeError(f"split must be 'train' or 'test', got {split!r}")
-    examples = SOURCES[name](None if path is None else Path(path), split)
+    source, options = SOURCES[name], dict(options)
+    own = [p.name for p in inspect.signature(source).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    examples = source(None if path is None else Path(path), split, **{k: options.pop(k) for k in own if k in options})
     if examples.labels.min() == examples.labels.max():
         only = examples.classes[int(examples.labels[0])]
         raise DataError(f"the {split} split of {name!r} ({path}) holds only the class {only!r}; need at least two")
-    known = [f.name for f in dataclasses.fields(examples) if f.name not in SUPPLIED]
+    known = own + [f.name for f in dataclasses.fields(examples) if f.name not in SUPPLIED]
     for option in options:
         if option not in known:
             raise RecipeError(f"{name!r} has no option {option!r}{nearest(option, known)}; known: {known}")
@@ -119,12 +125,70 @@ def imagefolder(path: Path | None, split: Split) -> FolderExamples:
     return FolderExamples(files=files, labels=labels, classes=classes, **IMAGENET)
 
 
+def digits_groups(
+    path: Path | None, split: Split, *, harm: str = "contrast", strength: float = 0.7, share: float = 0.1
+) -> ImageExamples:
+    """Handwritten digits with a minority whose images are harder to read; see ``with_minority``."""
+    return with_minority(digits(path, split), harm, strength, share)
+
+
+def cifar10_groups(
+    path: Path | None, split: Split, *, harm: str = "contrast", strength: float = 0.7, share: float = 0.1
+) -> ImageExamples:
+    """CIFAR-10 with a minority whose images are harder to read; see ``with_minority``."""
+    return with_minority(cifar10(path, split), harm, strength, share)
+
+
+def isic2017(
+    path: Path | None, split: Split, *, group: Any = "sex", size: int = 64, unknown: str = "drop"
+) -> ImageExamples:
+    """Skin lesions of ISIC 2017 in three classes; groups by sex, age, or both: see ``grouped.isic2017``."""
+    return grouped.isic2017(data_folder(path, "isic2017"), split, _names(group), size, unknown)
+
+
+def nih_cxr64(
+    path: Path | None, split: Split, *, group: Any = "sex", size: int = 64, unknown: str = "drop"
+) -> ImageExamples:
+    """Chest x-rays, normal or abnormal; groups by sex, age or view: see ``grouped.nih_cxr64``."""
+    return grouped.nih_cxr64(data_folder(path, "nih_cxr64"), split, _names(group), size, unknown)
+
+
+def manifest(
+    path: Path | None,
+    split: Split,
+    *,
+    file: str = "manifest.csv",
+    group: Any = "group",
+    label: str = "label",
+    labels: Sequence[str] | None = None,
+    size: int = 224,
+    unknown: str = "drop",
+) -> ImageExamples:
+    """Images of a folder of your own, as a CSV manifest in it says (``read_manifest``). labels: the classes."""
+    if path is None:
+        raise DataError("'manifest' needs path=, the folder of the images, with manifest.csv or another file= in it")
+    return grouped.manifest_images(data_folder(path, ""), split, _names(group), size, unknown, file, label, labels)
+
+
+def _names(group: Any) -> Sequence[str]:
+    """Return the names of group columns, of which one may come as text."""
+    names = [group] if isinstance(group, str) else list(group)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise DataError(f"group is a column or a list of columns, got {group!r}")
+    return names
+
+
 SOURCES: dict[str, Source] = {
     "digits": digits,
     "cifar10": cifar10,
     "cifar10_lossless": cifar10_lossless,
     "fashion_mnist": fashion_mnist,
     "imagefolder": imagefolder,
+    "digits_groups": digits_groups,
+    "cifar10_groups": cifar10_groups,
+    "isic2017": isic2017,
+    "nih_cxr64": nih_cxr64,
+    "manifest": manifest,
 }
 
 
