@@ -74,13 +74,17 @@ def run(
     changes: Set = None,
     smoke: SmokeRun = False,
     force: Force = False,
+    guard: Annotated[
+        float | None, typer.Option("--guard-worst-group", min=0, help="Points that any group may lose against float.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a recipe end to end.
 
     The steps: float model, plan, calibrate, train, pack, export, verify, report.
     """
-    _run(recipe, out, changes, smoke, force, as_json)
+    guarded = [] if guard is None else [f"evaluate.guard_worst_group={guard}"]
+    _run(recipe, out, [*(changes or ()), *guarded], smoke, force, as_json)
 
 
 @app.command()

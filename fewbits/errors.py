@@ -56,6 +56,10 @@ class ExportError(FewbitsError):
     """A model that cannot be exported, or an exported file that does not verify."""
 
 
+class FairnessError(FewbitsError):
+    """A group lost more than was allowed."""
+
+
 class RecipeError(FewbitsError):
     """A recipe that is malformed, or that asks for something unknown."""
 

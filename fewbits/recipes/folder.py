@@ -24,8 +24,8 @@ from fewbits.recipes.schema import Recipe
 from fewbits.train.checkpoint import prepare_folder
 
 RESULTS = (
-    "recipe.yaml", "plan.json", "metrics.jsonl", "checkpoints", "model.safetensors", "model.onnx", "result.json",
-    "report.html",
+    "recipe.yaml", "plan.json", "plan_before.json", "metrics.jsonl", "checkpoints", "model.safetensors", "model.onnx",
+    "result.json", "report.html",
 )  # fmt: skip
 INNER = ("steps", "float", "finetune", "search", "tensorboard")  # and what a run needs for itself
 

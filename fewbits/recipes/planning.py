@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,26 @@ from fewbits.tasks.data import Batch
 from fewbits.tasks.language import block_rules
 from fewbits.train.loop import Loss
 
+Groups = Callable[[], Mapping[str, Iterable[Batch]]]
 STYLE = ("act_bits", "first_last", "quantizer", "act_quantizer", "granularity", "block", "range")
 
 
 def make_plan(
-    model: nn.Module, recipe: Recipe, example: Tensor, batches: Iterable[Batch], loss: Loss = cross_entropy
+    model: nn.Module,
+    recipe: Recipe,
+    example: Tensor,
+    batches: Iterable[Batch],
+    loss: Loss = cross_entropy,
+    groups: Groups | None = None,
 ) -> Plan:
     """Return the plan of a recipe for a float model.
 
     example: one input [1, ...], on which operations are counted and folded norms are seen. batches, loss: for a method
-    that measures sensitivity on data. Raises PlanError and BudgetError, as the methods do.
+    that measures sensitivity on data. groups: returns batches by group, for one that measures
+    it on them. Raises PlanError and BudgetError, as the methods do.
     """
     complete = completion(model, recipe, example)
-    plan = _decide(model, recipe, example, batches, loss, complete)
+    plan = _decide(model, recipe, example, batches, loss, complete, groups)
     return told(plan if _completes(recipe.plan.method) else complete(plan), recipe)
 
 
@@ -75,7 +82,12 @@ def needs_loss(method: str) -> bool:
 
 
 def check_plan(
-    model: nn.Module, recipe: Recipe, example: Tensor, batches: Iterable[Batch], loss: Loss = cross_entropy
+    model: nn.Module,
+    recipe: Recipe,
+    example: Tensor,
+    batches: Iterable[Batch],
+    loss: Loss = cross_entropy,
+    groups: Groups | None = None,
 ) -> None:
     """Raise what ``make_plan`` and ``quantize`` would, before anything is trained; the model stays as it is.
 
@@ -89,11 +101,17 @@ def check_plan(
             budget = budget.model_copy(update={"average_bits": 8.0})
         changes |= {"budget": budget, "search": None}
     quick = recipe.model_copy(update=changes)
-    quantize(copy.deepcopy(model), make_plan(model, quick, example, batches, loss), verbose=False)
+    quantize(copy.deepcopy(model), make_plan(model, quick, example, batches, loss, groups), verbose=False)
 
 
 def _decide(
-    model: nn.Module, recipe: Recipe, example: Tensor, batches: Iterable[Batch], loss: Loss, complete: Complete
+    model: nn.Module,
+    recipe: Recipe,
+    example: Tensor,
+    batches: Iterable[Batch],
+    loss: Loss,
+    complete: Complete,
+    groups: Groups | None,
 ) -> Plan:
     given = recipe.plan
     if given.method == "explicit":
@@ -110,7 +128,9 @@ def _decide(
         return uniform_plan(model, given.weight_bits, **style)
     budget = Budget(**recipe.budget.model_dump())
     options: dict[str, Any] = dict(given.options)
-    if options.get("sensitivity") in ("fisher", "hessian", "measured") or needs_loss(given.method):
+    if "groups" in known_options(given.method):
+        options |= {"groups": None if groups is None else groups(), "loss": loss}
+    elif options.get("sensitivity") in ("fisher", "hessian", "measured") or needs_loss(given.method):
         options |= {"batches": batches, "loss": loss}
     if _completes(given.method):
         options["complete"] = complete

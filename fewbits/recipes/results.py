@@ -16,6 +16,7 @@ import fewbits
 from fewbits.cost import model_shape, size
 from fewbits.plan import Plan
 from fewbits.recipes.details import histograms, layer_rows, not_quantized
+from fewbits.recipes.fairly import group_entry
 from fewbits.recipes.folder import RunFolder, finite, put, put_json
 from fewbits.recipes.searching import hardware_entry
 from fewbits.recipes.task import Task
@@ -90,6 +91,8 @@ def write_result(
         result["search"] = search
     if fusion is not None:
         result["fusion"] = fusion
+    if (groups := group_entry(task, original, model, recipe.evaluate.batch_size)) is not None:
+        result["groups"] = groups
     if recipe.budget is not None and recipe.budget.hardware is not None:
         result["hardware"] = hardware_entry(recipe.budget.hardware, plan, model, shape)
     result = dict(finite(result))

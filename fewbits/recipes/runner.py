@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import nn
 
 from fewbits.deploy import align_biases, code_mismatches, fold_fusion, load, pack, save, verify
 from fewbits.deploy.onnx_export import export_float, export_onnx
-from fewbits.layers import balance_fusion, calibrate, quantize, settle_fusion
+from fewbits.layers import balance_fusion, calibrate, quantize, settle_bits, settle_fusion
 from fewbits.plan import Plan
+from fewbits.recipes.fairly import WithGroups, fair_loss, fairness_of, group_batches, require_fair
 from fewbits.recipes.faithful import Compared, onnx_metrics, require_faithful
 from fewbits.recipes.folder import RunFolder
 from fewbits.recipes.fusing import aligned, check_fusion, fold, require_foldable
@@ -28,7 +30,7 @@ from fewbits.recipes.searching import search, search_entry
 from fewbits.recipes.task import Pair
 from fewbits.recipes.tasks import load_task
 from fewbits.report.text import measure, metric
-from fewbits.train import BalanceFusion, Batches, Hook, fit
+from fewbits.train import BalanceFusion, Batches, FairnessRamp, Hook, LearnBits, fit
 from fewbits.train.loop import Loss
 
 Say = Callable[[str], None]
@@ -79,6 +81,8 @@ class _Run:
         measured["quantized"] = self.once("train", functools.partial(self.train, original), keep=True)
         if fusion is not None:
             measured["quantized"] |= self.folded(fusion)
+        if self.recipe.learned_bits is not None:
+            self.settle_widths()
         measured["packed"] = self.once("pack", functools.partial(self.pack, original))
         if self.recipe.export is not None:
             packed = load(self.folder / "model.safetensors", copy.deepcopy(original))
@@ -87,6 +91,7 @@ class _Run:
         notes = [*self.notes, *([found["message"]] if found.get("missed") else [])]
         result = write_result(self.folder, self.model, original, self.task, measured, notes, found.get("search"))
         require_faithful(result, self.recipe)
+        require_fair(result, self.recipe.evaluate.guard_worst_group)
         return result
 
     def once(self, name: str, work: Callable[[], dict[str, Any]], keep: bool = False) -> dict[str, Any]:
@@ -103,16 +108,19 @@ class _Run:
         """Bring the float model to its accuracy. What will not work later is found out before."""
         training = self.recipe.float_training
         if training is not None:
-            given = self.task.sample(1), self.task.sensitivity(self.recipe), self.task.loss()
-            check_plan(self.model, self.recipe, *given)
+            check_plan(self.model, self.recipe, *self.measured_on())
             check_fusion(self.model, self.recipe, self.task.sample(2))
             self.fit(training, "float", self.folder / "float")
         return self.measure(self.model)
 
+    def measured_on(self) -> tuple[Any, ...]:
+        """Return what a plan is decided on."""
+        groups = functools.partial(group_batches, self.task, self.recipe)
+        return self.task.sample(1), self.task.sensitivity(self.recipe), self.task.loss(), groups
+
     def plan(self) -> dict[str, Any]:
         """Decide the plan."""
-        given = self.task.sample(1), self.task.sensitivity(self.recipe), self.task.loss()
-        plan = make_plan(self.model, self.recipe, *given)
+        plan = make_plan(self.model, self.recipe, *self.measured_on())
         plan.save(self.folder / "plan.json")
         return {}
 
@@ -145,7 +153,12 @@ class _Run:
                 plain = self.task.loss(qat.label_smoothing)
                 loss = aligned(plain, self.model, copy.deepcopy(teacher), self.recipe.alignment)
             if self.recipe.fusion is not None:
-                hooks = [BalanceFusion(self.recipe.fusion.freeze_at)]
+                hooks.append(BalanceFusion(self.recipe.fusion.freeze_at))
+            if (fair := self.recipe.fairness) is not None:
+                fairness = fairness_of(self.task, fair)
+                loss, hooks = fair_loss(fairness, qat.label_smoothing), [*hooks, FairnessRamp(fairness, fair.ramp)]
+            if (learned := self.recipe.learned_bits) is not None:
+                hooks.append(LearnBits(learned.average_bits, lr=learned.lr, freeze_at=learned.freeze_at))
             self.fit(qat, "train", self.folder.path, self.made_plan, loss, hooks)
         return self.trained()
 
@@ -171,8 +184,16 @@ class _Run:
 
     @property
     def made_plan(self) -> Plan:
-        """The plan of this run."""
-        return Plan.load(self.folder / "plan.json")
+        """The plan of this run, as it was trained by."""
+        before = self.folder / "plan_before.json"
+        return Plan.load(before if before.is_file() else self.folder / "plan.json")
+
+    def settle_widths(self) -> None:
+        """Put whole widths in the place of learned ones, in the model and in ``plan.json``."""
+        plan = self.made_plan
+        plan.save(self.folder / "plan_before.json")
+        settled = settle_bits(self.model)
+        replace(settled, decided_from=dict(plan.decided_from)).save(self.folder / "plan.json")
 
     def trained(self) -> dict[str, Any]:
         """Bring the trained model to its last form, and measure it."""
@@ -246,9 +267,10 @@ class _Run:
         """Train the model from where it is, or from the last checkpoint in ``out``; loss: None for the task's."""
         task, size = self.task, self.recipe.evaluate.batch_size
         validation = task.validation
+        examples = WithGroups(task.train) if stage == "train" and self.recipe.fairness is not None else task.train
         fit(
             self.model,
-            Batches(task.train, training.batch_size, seed=self.recipe.seed),
+            Batches(examples, training.batch_size, seed=self.recipe.seed),
             loss or task.loss(training.label_smoothing),
             training.fit_config(self.recipe.seed),
             evaluate=None if validation is None else lambda model: task.evaluate(model, validation, size),

@@ -254,6 +254,30 @@ class Alignment(Section):
         return AttentionAlignment(**self.options)
 
 
+class Fairness(Section):
+    """A term of the loss for the group that is served worst, in qat (fairness.md)."""
+
+    mode: Literal["gap", "gap_sg", "worst", "dro"] = "gap_sg"
+    """gap (worst less best group), gap_sg (the same, with no gradient through the best), worst, or dro (group DRO)."""
+    weight: Positive = 0.5
+    """Weight of the term."""
+    least: Count = 4
+    """Examples of a group in a batch, below which it is left out."""
+    ramp: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the steps over which the weight rises from 0."""
+
+
+class LearnedBits(Section):
+    """Widths of channels that are trained, with plan.quantizer learnable_bits (fairness.md)."""
+
+    average_bits: Positive
+    """Mean bits of a weight that they come to."""
+    lr: Positive = 0.02
+    """Bits that a width moves a step, about."""
+    freeze_at: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Share of the steps of qat after which they are whole numbers, and stay."""
+
+
 class PlanRules(Section):
     """Which layer is quantized how."""
 
@@ -358,6 +382,10 @@ class Evaluate(Section):
     """Examples a batch."""
     calibration_examples: Count = 256
     """Training examples that set the ranges of activations."""
+    group_examples: Count = 256
+    """Training examples of each group that its importance is measured on, for plan.method fair."""
+    guard_worst_group: NotNegativeFloat | None = None
+    """Points of accuracy that any group may lose against float; where one loses more, the run fails at its end."""
 
 
 class Smoke(Section):
@@ -405,6 +433,10 @@ class Recipe(Section):
     """Quantization-aware training; null: calibration only."""
     fusion: Fusion | None = None
     """Balance the branches of fusion nodes in qat; null: leave them plain."""
+    fairness: Fairness | None = None
+    """Train for the group that is served worst, too; null: for the mean alone."""
+    learned_bits: LearnedBits | None = None
+    """Train the widths of channels; null: they stay as planned."""
     alignment: Alignment | None = None
     """Align attention maps with the float model's in qat; null: train on the task alone."""
     from_scratch: bool = False
@@ -441,6 +473,13 @@ class Recipe(Section):
             raise ValueError(f"the section segmentation is for that task, this is {self.task}")
         if self.from_scratch and self.qat is None:
             raise ValueError("from_scratch needs qat: without it nothing would be trained")
+        for name in ("fairness", "learned_bits"):
+            if getattr(self, name) is not None and (self.qat is None or self.search is not None):
+                raise ValueError(f"{name} is for qat, without a search: add that section, or leave {name} out")
+        if self.fairness is not None and (self.task != "classification" or self.alignment is not None):
+            raise ValueError("fairness is for classification, and not together with alignment")
+        if (self.learned_bits is not None) != (self.plan.quantizer == "learnable_bits"):
+            raise ValueError("learned_bits and plan.quantizer learnable_bits need each other: give both or neither")
         for name in ("fusion", "alignment"):
             if getattr(self, name) is None:
                 continue

@@ -7,6 +7,7 @@ from fewbits.train.checkpoint import Checkpoints
 from fewbits.train.config import FitConfig
 from fewbits.train.data import Batches, BatchSource, Examples, LoaderBatches
 from fewbits.train.ema import Ema
+from fewbits.train.fairness import FairnessRamp
 from fewbits.train.fusion import BalanceFusion
 from fewbits.train.hooks import Hook
 from fewbits.train.loop import FitResult, fit
@@ -14,6 +15,7 @@ from fewbits.train.optim import make_optimizer, make_schedule, parameter_groups
 from fewbits.train.state import TrainState
 
 __all__ = [
-    "BalanceFusion", "BatchSource", "Batches", "Checkpoints", "Ema", "Examples", "FitConfig", "FitResult", "Hook",
-    "LearnBits", "LoaderBatches", "TrainState", "fit", "make_optimizer", "make_schedule", "parameter_groups",
+    "BalanceFusion", "BatchSource", "Batches", "Checkpoints", "Ema", "Examples", "FairnessRamp", "FitConfig",
+    "FitResult", "Hook", "LearnBits", "LoaderBatches", "TrainState", "fit", "make_optimizer", "make_schedule",
+    "parameter_groups",
 ]  # fmt: skip

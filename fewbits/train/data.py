@@ -37,7 +37,8 @@ class BatchSource(Protocol):
 
 
 class Batches:
-    """Shuffled, augmented batches of ``examples``.
+    """Shuffled, augmented batches of ``examples``; where these have ``batch_strata`` (int64 [N]), each batch has each
+    stratum at its share, to within one example.
 
     batch_size: examples a batch over all processes; each of the ``world`` processes takes an equal share, so that
     a run means the same on one process and on several. drop_last: leave out the last, smaller batch of an epoch;
@@ -85,7 +86,9 @@ class Batches:
     def _indices(self, epoch: int, index: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(mix(self.seed, 0, epoch))
-            self._order = epoch, torch.randperm(len(self.examples), generator=generator)
+            strata = getattr(self.examples, "batch_strata", None)
+            order = torch.randperm(len(self.examples), generator=generator)
+            self._order = epoch, order if strata is None else spread_strata(order, strata, generator)
         order = self._order[1]
         chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
         lacking = -len(chosen) % self.world
@@ -112,6 +115,16 @@ class Batches:
             "seed": self.seed,
             "drop_last": self.drop_last,
         }
+
+
+def spread_strata(order: Tensor, strata: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a shuffled order in which the members of each stratum are spread evenly."""
+    places = torch.empty(len(order), dtype=torch.float64)
+    for stratum in strata.unique().tolist():  # type: ignore[no-untyped-call]
+        members = (strata[order] == stratum).nonzero().flatten()
+        start = torch.rand((), generator=generator, dtype=torch.float64)
+        places[members] = (torch.arange(len(members), dtype=torch.float64) + start) / len(members)
+    return order[places.argsort(stable=True)]
 
 
 class LoaderBatches:
