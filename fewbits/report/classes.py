@@ -122,7 +122,7 @@ def class_chart(result: Result) -> ClassChart | None:
         shown = sorted(both, key=lambda item: item[2] - item[1])[:MOST_CLASSES]
         note = f"The {MOST_CLASSES} of {len(both)} classes that lost most."
     low = max(0, math.floor(min(min(b, a) for _, b, a in shown)) - 2)
-    changes = [_change(result.class_name(i), b, a, low) for i, b, a in shown]
+    changes = [change_of(result.class_name(i), b, a, low) for i, b, a in shown]
     return ClassChart(changes, f"{low:.0f} %", note)
 
 
@@ -140,7 +140,7 @@ def _recall(rows: list[list[float]]) -> list[float | None]:
     return [100 * row[i] / sum(row) if sum(row) else None for i, row in enumerate(rows)]
 
 
-def _change(name: str, before: float, after: float, low: float) -> ClassChange:
+def change_of(name: str, before: float, after: float, low: float) -> ClassChange:
     gap = round(after - before, 2)
     words = f"{gap:+.1f}".replace("-", text.MINUS) if gap else "same"
     tip = f"{name}\nfloat {text.percent(before)}\nquantized {text.percent(after)}"

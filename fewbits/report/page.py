@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fewbits.errors import DataError
-from fewbits.report import charts, classes, curves, fusion, layers, load, search, sizes, summary, text
+from fewbits.report import charts, classes, curves, fusion, groups, layers, load, search, sizes, summary, text
 from fewbits.report.schema import Result
 
 
@@ -61,6 +61,8 @@ def _content(result: Result, log: load.Log) -> dict[str, Any]:
         "search_layers": search.sigma_and_kl(result.search) if result.search else [],
         "search_history": search.history(result.search) if result.search else None,
         "hardware": search.hardware(result.hardware, result.layers),
+        "group_chart": groups.chart(result.groups) if result.groups else None,
+        "group_rows": groups.rows(result.groups) if result.groups else [],
         "fusion_forms": fusion.forms(result.fusion, result.headline) if result.fusion else [],
         "fusion_nodes": fusion.rows(result.fusion) if result.fusion else [],
         "size_parts": sizes.size_parts(result),

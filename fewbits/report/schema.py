@@ -189,6 +189,27 @@ class Fusion(Part):
     nodes: list[FusionNode] = []
 
 
+class GroupForm(Part):
+    """How one form of the model serves each group: accuracies in percent, gaps of rates in 0..1."""
+
+    acc_groups: dict[str, float] = {}
+    acc_worst: float | None = None
+    acc_group_mean: float | None = None
+    acc_gap: float | None = None
+    eopp1: float | None = None
+    eopp0: float | None = None
+    eodd_sum: float | None = None
+    eodd_max: float | None = None
+
+
+class Groups(Part):
+    """Groups of the test examples. verdict: who lost most, in a sentence."""
+
+    float_form: GroupForm = Field(GroupForm(), alias="float")
+    quantized: GroupForm = GroupForm()
+    verdict: str = ""
+
+
 class Tile(Part):
     """One picture as a data URI, and what it shows."""
 
@@ -232,6 +253,7 @@ class Result(Part):
     hardware: Hardware | None = None
     fusion: Fusion | None = None
     headline: str | None = None
+    groups: Groups | None = None
 
     @property
     def forms(self) -> list[tuple[str, Measured]]:
