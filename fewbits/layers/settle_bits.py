@@ -9,7 +9,7 @@ from torch import nn
 
 from fewbits.layers.swap import quantized_layers
 from fewbits.plan import LayerPlan, Plan
-from fewbits.quantizers import LearnableBits
+from fewbits.quantizers import LearnableBits, ReleasedBits
 
 
 def settle_bits(model: nn.Module) -> Plan:
@@ -19,7 +19,7 @@ def settle_bits(model: nn.Module) -> Plan:
     """
     layers = quantized_layers(model)
     for layer in layers.values():
-        if isinstance(layer.weight_quantizer, LearnableBits):
+        if isinstance(layer.weight_quantizer, (LearnableBits, ReleasedBits)):
             plan = layer.weight_quantizer.settled_plan()
             weight: Any = getattr(layer, layer.weight_name)
             layer.weight_quantizer = type(layer).make_weight_quantizer(weight.detach(), plan).train(layer.training)

@@ -11,11 +11,12 @@ from fewbits.quantizers.maxabs import MaxAbs
 from fewbits.quantizers.n2uq import N2UQ
 from fewbits.quantizers.pact import PACT
 from fewbits.quantizers.recompute import recomputed
+from fewbits.quantizers.released_bits import ReleasedBits
 from fewbits.quantizers.requantize import Requantize, Rethreshold
 from fewbits.quantizers.uniform import LSQ, LSQPlus, Uniform
 
 __all__ = [
     "LSQ", "N2UQ", "PACT", "QUANTIZERS", "BitNet", "Codes", "Denoise", "Dynamic", "DynamicSTE", "Grid", "Grouping",
-    "LSQPlus", "LearnableBits", "MaxAbs", "ParetoQ", "Quantizer", "Requantize", "Rethreshold", "Uniform",
-    "make_quantizer", "project", "quantizer_class", "recomputed", "register_quantizer",
+    "LSQPlus", "LearnableBits", "MaxAbs", "ParetoQ", "Quantizer", "ReleasedBits", "Requantize", "Rethreshold",
+    "Uniform", "make_quantizer", "project", "quantizer_class", "recomputed", "register_quantizer",
 ]  # fmt: skip

@@ -6,7 +6,6 @@ rounding, or of a mixture of the two nearest widths. ``fewbits.train.LearnBits``
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from fewbits.errors import PlanError
 from fewbits.plan import TensorPlan
 from fewbits.quantizers.base import register_quantizer
-from fewbits.quantizers.codes import Codes, Grid, cast
+from fewbits.quantizers.codes import cast
 from fewbits.quantizers.grouping import Grouping
 from fewbits.quantizers.maxabs import LEAST, MaxAbs
 
@@ -99,9 +98,9 @@ class LearnableBits(MaxAbs):
         self.width = nn.Parameter(self.widths.float().clamp(lowest, highest))
         self.frozen = False  # widths are whole numbers, and stay
 
-    def current(self) -> tuple[int, ...]:
-        """Return the widths as forward rounds them."""
-        return tuple(int(b) for b in self.width.detach().round().tolist())
+    def current(self) -> Tensor:
+        """Return the widths as forward rounds them, int64 [G]."""
+        return self.width.detach().round().to(torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x fake-quantized."""
@@ -116,22 +115,6 @@ class LearnableBits(MaxAbs):
             for part, b in zip(parts, widths)
         ]
         return self.grouping.merge(rows, x.shape)
-
-    def encode(self, x: Tensor) -> Codes:
-        """Return the integer codes of x at the present widths. Raises QuantizationError on NaN or Inf."""
-        widths = self.current()
-        self.widths = torch.tensor(widths, device=x.device)
-        half = 2 ** (max(widths) - 1)
-        codes = super().encode(x)
-        one = self.grouping.granularity == "tensor"
-        mixed = None if one else widths
-        return dataclasses.replace(codes, grid=Grid(max(widths), 1 - half, half - 1), channel_bits=mixed)
-
-    def settled_plan(self) -> TensorPlan:
-        """Return the plan of ``maxabs`` with the present widths."""
-        widths = self.current()
-        mixed = widths if len(set(widths)) > 1 else None
-        return dataclasses.replace(self.plan, bits=max(widths), quantizer="maxabs", channel_bits=mixed, options={})
 
     def get_extra_state(self) -> dict[str, int]:
         """Return what a checkpoint needs beside tensors."""

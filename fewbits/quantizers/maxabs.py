@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import torch
@@ -48,9 +49,11 @@ class MaxAbs(Quantizer):
                 f"quantizer {plan.quantizer!r} is symmetric, of 2 to 8 bits, got bits={plan.bits}, "
                 f"symmetric={plan.symmetric}"
             )
-        half = 2 ** (plan.bits - 1)
-        self.grid = Grid(plan.bits, 1 - half, half - 1)
         self.register_buffer("widths", torch.tensor(plan.channel_bits or (plan.bits,) * groups), persistent=False)
+
+    def current(self) -> Tensor:
+        """Return the width of each row, int64 [G]."""
+        return self.widths
 
     def calibrate(self, x: Tensor) -> None:
         """There is nothing to set: scales come from each tensor."""
@@ -60,7 +63,7 @@ class MaxAbs(Quantizer):
     def scales(self, x: Tensor) -> list[Tensor]:
         """Return the scale of each row, a column [g, 1] for each part of the grouping."""
         parts = self.grouping.rows(x.detach())
-        highest = 2 ** (self.widths.to(_wide(x)) - 1) - 1
+        highest = 2 ** (self.current().to(_wide(x)) - 1) - 1
         return [
             part.to(_wide(x)).abs().amax(1, keepdim=True).clamp(min=LEAST) / top
             for part, top in zip(parts, self.grouping.split(highest, parts))
@@ -82,8 +85,16 @@ class MaxAbs(Quantizer):
             values = [(p.to(_wide(x)) / s).round_().to(torch.int32) for p, s in zip(parts, scales)]
             merged = self.grouping.merge(values, x.shape)
             scale = torch.cat([s.flatten() for s in scales])
-        widths = self.plan.channel_bits
-        return Codes(merged, scale, None, None, self.grid, self.grouping, x.dtype, channel_bits=widths)
+        plan = self.settled_plan()
+        half = 2 ** (plan.bits - 1)
+        grid = Grid(plan.bits, 1 - half, half - 1)
+        return Codes(merged, scale, None, None, grid, self.grouping, x.dtype, channel_bits=plan.channel_bits)
+
+    def settled_plan(self) -> TensorPlan:
+        """Return the plan of ``maxabs`` with the present widths."""
+        widths = tuple(self.current().tolist())
+        mixed = widths if len(set(widths)) > 1 else None
+        return dataclasses.replace(self.plan, bits=max(widths), quantizer="maxabs", channel_bits=mixed, options={})
 
 
 def _wide(x: Tensor) -> torch.dtype:

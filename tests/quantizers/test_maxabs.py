@@ -77,7 +77,7 @@ def test_plans_that_cannot_be_are_told(changes: dict[str, object], words: str) -
 
 def test_other_quantizers_and_other_shapes_are_refused() -> None:
     plan = TensorPlan(8, "lsq", granularity="channel", channel_bits=(2, 8))
-    with pytest.raises(PlanError, match=r"'lsq' has one width.*\['maxabs'"):
+    with pytest.raises(PlanError, match=r"'lsq' has one width.*'maxabs'"):
         make_quantizer(plan, shape=(2, 4))
     with pytest.raises(PlanError, match="channel_bits has 2 widths, the tensor 3 channels"):
         quantizer((2, 8), (3, 4))
