@@ -1,0 +1,223 @@
+"""Who pays for few bits: FairQuant beside uniform widths, trained and not, with every group's accuracy.
+
+A float model is trained once a data set and seed. Arms at a mean of B bits a weight (all weights, first and last layer
+too), per channel with ``maxabs``, inputs of 8 bits:
+
+    uniform_ptq   B bits everywhere, ranges set, not trained (whole B only)
+    uniform_qat   the same, trained;  uniform_fair  trained with the fairness term
+    static        widths by importance for groups, not trained;  quantile  by the release's histogram
+    fair_qat      static, trained;  fair  trained with the term
+    blind         as fair_qat, by importance over all examples as one group
+    baq           widths trained too, from static, with the term;  baq_head  as the method's release has it
+
+All trained arms get the same steps, batches (each group at its share), optimizer and rate. One JSON line a finished
+run; finished runs are skipped.
+
+    python -m benchmarks.fairquant --out docs/results/fairquant.jsonl
+    python -m benchmarks.fairquant --out docs/results/fairquant.jsonl --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fewbits as fb
+from benchmarks.cifar10_qat import read, write
+from fewbits.allocate import Importance, group_importance
+from fewbits.layers import quantized_layers, settle_bits
+from fewbits.losses import GroupFairness
+from fewbits.plan import Plan
+from fewbits.quantizers import ReleasedBits
+from fewbits.recipes.fairly import WithGroups, fair_loss
+from fewbits.tasks.classification import cross_entropy, predict
+from fewbits.tasks.data import LabelledImages
+from fewbits.tasks.group_metrics import group_changes, group_metrics
+from fewbits.tasks.models import build_model
+from fewbits.tasks.sources import load
+from fewbits.train import Batches, FairnessRamp, FitConfig, Hook, LearnBits, fit
+
+DATA: dict[str, dict[str, Any]] = {
+    "digits_groups": {"model": "reference_cnn", "options": {"strength": 0.8}, "float_epochs": 30},
+    "cifar10_groups": {"model": "resnet20", "options": {"strength": 0.6}, "float_epochs": 8},
+    "isic2017": {"model": "resnet20", "options": {"group": "sex"}, "float_epochs": 40},
+    "nih_cxr64": {"model": "resnet20", "options": {"group": "view"}, "float_epochs": 40},
+}
+MENU = (2, 3, 4, 5, 6, 7, 8)
+TRAINED = ("uniform_qat", "uniform_fair", "fair_qat", "fair", "blind", "baq", "baq_head")
+WITH_TERM = ("uniform_fair", "fair", "baq")
+ARMS = ("uniform_ptq", "static", "quantile", *TRAINED)
+
+
+class Lab:
+    """One data set, one seed: data, float model, importance."""
+
+    def __init__(self, args: argparse.Namespace, data: str, seed: int) -> None:
+        self.args, self.data, self.seed, self.given = args, data, seed, DATA[data]
+        self.train, self.test = (load(data, None, split, **self.given["options"]) for split in ("train", "test"))
+        assert self.train.groups is not None and self.test.groups is not None
+        self.names, self.groups, self.test_groups = self.train.group_names, self.train.groups, self.test.groups
+        self.float = self.float_model()
+        self.before = predict(self.float, self.test).argmax(1)
+
+    def build(self) -> nn.Module:
+        """Return the architecture."""
+        return build_model(self.given["model"], len(self.train.classes), self.train.shape[0])
+
+    def float_model(self) -> nn.Module:
+        """Return the float model, trained once and kept in the cache."""
+        torch.manual_seed(self.seed)
+        model, kept = self.build(), self.args.cache / f"{self.data}_{self.seed}.pt"
+        if kept.exists():
+            model.load_state_dict(torch.load(kept, weights_only=True))
+            return model.eval()
+        config = FitConfig(
+            epochs=self.given["float_epochs"], lr=0.05, weight_decay=5e-4, seed=self.seed, progress=False
+        )
+        fit(model, Batches(self.train, 64, seed=self.seed), cross_entropy, config)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), kept)
+        return model.eval()
+
+    def importance(self, blind: bool) -> Importance:
+        """Return the importance of each group's examples, or of as many of all."""
+        members = (
+            [self.train] if blind else [self.train.select((self.groups == i).nonzero()[:, 0]) for i in self.index()]
+        )
+        names = ["all"] if blind else self.names
+        count = self.args.group_examples * (len(self.names) if blind else 1)
+        parts = {n: some.subset(min(count, len(some)), self.seed).batches(32) for n, some in zip(names, members)}
+        return group_importance(self.float, parts, cross_entropy)
+
+    def plan(self, arm: str, bits: float) -> Plan:
+        """Return the plan of an arm."""
+        style: dict[str, Any] = {"first_last": None, "act_bits": 8, "act_quantizer": "lsq"}
+        if arm.startswith("uniform"):
+            return fb.uniform_plan(self.float, int(bits), quantizer="maxabs", **style)
+        quantizer = {"baq": "learnable_bits", "baq_head": "released_bits"}.get(arm, "maxabs")
+        more: dict[str, Any] = {}
+        if arm == "quantile":  # the release's three widths, shares moved to the mean asked for
+            high = min(1.0, max(0.0, (bits - 2.0) / 6.0))
+            more = {"rule": "quantile", "shares": (1 - high, 0, 0, 0, 0, 0, high)}
+        budget = fb.Budget(average_bits=bits + (arm == "quantile"))  # a histogram meets the mean of channels
+        importance = self.importance(arm == "blind")
+        return fb.allocate(
+            self.float, budget, method="fair", menu=MENU, quantizer=quantizer, importance=importance, **style, **more
+        )
+
+    def compare(self, arm: str, bits: float) -> None:
+        """Do one run, unless it is done."""
+        args = self.args
+        key = {"data": self.data, "arm": arm, "bits": bits, "seed": self.seed, "steps": args.steps, "lr": args.lr}
+        if any(all(row.get(k) == v for k, v in key.items()) for row in read(args.out)):
+            return
+        if arm.startswith("uniform") and bits != int(bits):
+            return
+        start, model = time.perf_counter(), self.build()
+        model.load_state_dict(self.float.state_dict())
+        plan = self.plan(arm, bits)
+        planned = time.perf_counter() - start
+        calibration = [x for x, _ in self.train.subset(min(256, len(self.train)), self.seed).batches(128)]
+        fb.calibrate(fb.quantize(model, plan, verbose=False), calibration)
+        seconds = self.fit(model, arm, bits) if arm in TRAINED else 0.0
+        if arm.startswith("baq"):
+            plan = settle_bits(model)
+        write(args.out, **key, seconds_plan=round(planned, 2), seconds_a_step=round(seconds / args.steps, 4),
+              **self.judged(model.eval(), plan))  # fmt: skip
+
+    def fit(self, model: nn.Module, arm: str, bits: float) -> float:
+        """Train an arm; return its seconds."""
+        args, hooks = self.args, list[Hook]()
+        loss: Any = lambda net, batch: cross_entropy(net, batch[:2])  # noqa: E731
+        if arm in WITH_TERM:
+            fairness = GroupFairness(self.names, args.mode, least=4)
+            loss, hooks = fair_loss(fairness, 0.0), [FairnessRamp(fairness)]
+        if arm == "baq":
+            hooks.append(LearnBits(bits))
+        if arm == "baq_head":
+            plain, released = loss, [q for q in model.modules() if isinstance(q, ReleasedBits)]
+            loss = lambda net, batch: plain(net, batch) + sum(q.penalty() for q in released)  # noqa: E731
+        config = FitConfig(max_steps=args.steps, lr=args.lr, weight_decay=0.01, optimizer="adamw", clip=1.0,
+                           seed=self.seed, progress=False)  # fmt: skip
+        return fit(model, Batches(WithGroups(self.train), 64, seed=self.seed), loss, config, hooks=hooks).seconds
+
+    def judged(self, model: nn.Module, plan: Plan) -> dict[str, Any]:
+        """Return metrics of the whole, of each group, and of what was lost; and the bits."""
+        test: LabelledImages = self.test
+        answers = predict(model, test).argmax(1)
+        right = [answer == test.labels for answer in (self.before, answers)]
+        forms = [group_metrics(a, test.labels, self.test_groups, len(test.classes), self.names)
+                 for a in (self.before, answers)]  # fmt: skip
+        weights = {name: layer.layer_plan.weight for name, layer in quantized_layers(model).items()}
+        sizes = {name: getattr(model.get_submodule(name), "weight").numel() for name in weights}  # noqa: B009
+        mean = sum(sizes[n] * w.mean_bits for n, w in weights.items() if w is not None) / sum(sizes.values())
+        changes = group_changes(right[0], right[1], self.test_groups, self.names)
+        return {"average_bits": mean, "float": forms[0], "metrics": forms[1], "changes": changes}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return by data, bits and arm: accuracy, worst group, the most that a group lost, odds; mean and spread."""
+    cells: dict[tuple[str, float, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        cells[row["data"], row["bits"], row["arm"]].append(row)
+    lines = [
+        "| data | bits | arm | accuracy | worst group | largest loss of a group | odds | mean bits |",
+        "| --- " * 8 + "|",
+    ]
+    for (data, bits, arm), found in sorted(cells.items(), key=lambda c: (c[0][0], c[0][1], ARMS.index(c[0][2]))):
+        worst = [-min(change["change"] for change in row["changes"].values()) for row in found]
+        told = [spread([row["metrics"][name] for row in found]) for name in ("acc", "acc_worst")]
+        told += [spread(worst), spread([row["metrics"]["eodd_sum"] for row in found], 3)]
+        mean = statistics.mean(row["average_bits"] for row in found)
+        lines.append(f"| {data} | {bits:g} | {arm} | {' | '.join(told)} | {mean:.2f} |")
+    for data in dict.fromkeys(row["data"] for row in rows):
+        seeds = {row["seed"]: row["float"] for row in rows if row["data"] == data}
+        told = [spread([f[name] for f in seeds.values()]) for name in ("acc", "acc_worst")]
+        lines.append(f"| {data} | 32 | float | {' | '.join(told)} | | | |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Write mean and standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def main() -> None:
+    """Run what is missing, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("docs/results/fairquant.jsonl"))
+    add("--cache", type=Path, default=Path("runs/fairquant"))
+    add("--data", nargs="+", default=list(DATA), choices=list(DATA))
+    add("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    add("--bits", nargs="+", type=float, default=[2, 2.5, 3, 4, 5, 8])
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--steps", type=int, default=200)
+    add("--lr", type=float, default=1e-3)
+    add("--mode", default="gap_sg", help="of the fairness term")
+    add("--group-examples", type=int, default=256)
+    add("--threads", type=int, default=1)
+    add("--table", action="store_true", help="print the table of the finished runs")
+    args = parser.parse_args()
+    if args.table:
+        print(table(read(args.out)))
+        return
+    torch.set_num_threads(args.threads)
+    for data in args.data:
+        for seed in args.seeds:
+            lab = Lab(args, data, seed)
+            for bits in args.bits:
+                for arm in args.arms:
+                    lab.compare(arm, bits)
+
+
+if __name__ == "__main__":
+    main()
