@@ -89,7 +89,9 @@ class Lab:
     def importance(self, blind: bool) -> Importance:
         """Return the importance of each group's examples, or of as many of all."""
         members = (
-            [self.train] if blind else [self.train.select((self.groups == i).nonzero()[:, 0]) for i in self.index()]
+            [self.train]
+            if blind
+            else [self.train.select((self.groups == i).nonzero()[:, 0]) for i in range(len(self.names))]
         )
         names = ["all"] if blind else self.names
         count = self.args.group_examples * (len(self.names) if blind else 1)
