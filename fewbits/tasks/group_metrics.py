@@ -107,6 +107,27 @@ def fairlearn_metrics(
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
+def signed_differences(
+    predicted: Tensor, labels: Tensor, groups: Tensor, unprivileged: int, privileged: int
+) -> dict[str, float]:
+    """Return AIF360's differences of two groups of a binary classifier, unprivileged less privileged, positive class 1.
+
+    equal_opportunity_difference of true positive rates, average_odds_difference (half the sum of the differences of
+    false and true positive rates) and average_abs_odds_difference (half the sum of their magnitudes). NaN where a group
+    lacks a class.
+    """
+    count = max(unprivileged, privileged, int(groups.max())) + 1
+    known = _checked(predicted, labels, groups, 2, count)
+    _, rates = class_rates(predicted[known], labels[known], groups[known], 2, count)
+    tpr, fpr = rates["tpr"][1], 1 - rates["tnr"][1]
+    by_tpr, by_fpr = (float(rate[unprivileged] - rate[privileged]) for rate in (tpr, fpr))
+    return {
+        "equal_opportunity_difference": by_tpr,
+        "average_odds_difference": (by_fpr + by_tpr) / 2,
+        "average_abs_odds_difference": (abs(by_fpr) + abs(by_tpr)) / 2,
+    }
+
+
 def group_changes(
     before: Tensor, after: Tensor, groups: Tensor, names: Sequence[str], *, draws: int = 1000, seed: int = 0
 ) -> dict[str, dict[str, float]]:

@@ -5,7 +5,14 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import DataError
-from fewbits.tasks.group_metrics import class_rates, fairlearn_metrics, group_changes, group_metrics, worst_change
+from fewbits.tasks.group_metrics import (
+    class_rates,
+    fairlearn_metrics,
+    group_changes,
+    group_metrics,
+    signed_differences,
+    worst_change,
+)
 
 LABELS = torch.tensor([1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0])
 ANSWERS = torch.tensor([1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 1, 1, 0])
@@ -51,6 +58,15 @@ def test_fairlearns_own_conventions() -> None:
     assert found["equalized_odds_difference"] == pytest.approx(2 / 3)
     assert found["equalized_odds_difference_mean"] == pytest.approx(2 / 3)
     assert found["demographic_parity_difference"] == pytest.approx(0.3)
+
+
+def test_aif360s_signed_conventions() -> None:
+    found = signed_differences(ANSWERS, LABELS, GROUPS, 0, 1)
+    assert found["equal_opportunity_difference"] == pytest.approx(1 / 6)
+    assert found["average_odds_difference"] == pytest.approx(0.25)
+    assert found["average_abs_odds_difference"] == pytest.approx(0.25)
+    turned = signed_differences(ANSWERS, LABELS, GROUPS, 1, 0)
+    assert turned["average_odds_difference"] == pytest.approx(-0.25) and turned["average_abs_odds_difference"] > 0
 
 
 def test_odds_are_the_sum_of_both_opportunities_where_all_rates_are_defined() -> None:
