@@ -47,10 +47,17 @@ def groups_of(examples: Any) -> Tensor:
     if getattr(examples, "groups", None) is None:
         raise RecipeError(
             "these data have no groups: take a source with groups (digits_groups, cifar10_groups, isic2017, nih_cxr64, "
-            "manifest), or leave out fairness and plan.method fair"
+            "manifest), or leave out fairness, the guard of the worst group, and plan.method fair"
         )
     groups: Tensor = examples.groups
     return groups
+
+
+def check_groups(task: Task[Any], recipe: Recipe) -> None:
+    """Raise RecipeError, before anything is trained, where a recipe asks for groups that its data do not have."""
+    guard = recipe.evaluate.guard_worst_group is not None
+    if guard or recipe.fairness is not None or recipe.plan.method == "fair":
+        groups_of(task.test if guard else task.train)
 
 
 def group_batches(task: Task[Any], recipe: Recipe) -> dict[str, list[tuple[Tensor, Tensor]]]:
@@ -128,11 +135,9 @@ def verdict(changes: dict[str, dict[str, float]]) -> str:
 
 def require_fair(result: dict[str, Any], limit: float | None) -> None:
     """Raise FairnessError, naming the group, where one lost more points than the limit."""
-    groups = result.get("groups")
     if limit is None:
         return
-    if groups is None:
-        raise RecipeError("guard_worst_group needs data with groups: take a source with groups, or drop it")
+    groups = result["groups"]
     name, change = groups["worst_change"]["group"], groups["worst_change"]["change"]
     if -change > limit:
         raise FairnessError(

@@ -19,7 +19,7 @@ from fewbits.deploy import align_biases, code_mismatches, fold_fusion, load, pac
 from fewbits.deploy.onnx_export import export_float, export_onnx
 from fewbits.layers import balance_fusion, calibrate, quantize, settle_bits, settle_fusion
 from fewbits.plan import Plan
-from fewbits.recipes.fairly import WithGroups, fair_loss, fairness_of, group_batches, require_fair
+from fewbits.recipes.fairly import WithGroups, check_groups, fair_loss, fairness_of, group_batches, require_fair
 from fewbits.recipes.faithful import Compared, onnx_metrics, require_faithful
 from fewbits.recipes.folder import RunFolder
 from fewbits.recipes.fusing import aligned, check_fusion, fold, require_foldable
@@ -57,6 +57,7 @@ class _Run:
     def __init__(self, folder: RunFolder, say: Say) -> None:
         self.folder, self.say, self.recipe = folder, say, folder.recipe()
         self.task = load_task(self.recipe)
+        check_groups(self.task, self.recipe)
         self.model, notes = self.task.build(self.recipe)
         self.notes = [*self.task.notes, *notes]
         for note in self.notes:

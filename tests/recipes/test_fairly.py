@@ -100,8 +100,6 @@ def test_the_guard_fails_a_run_that_takes_too_much_from_a_group(tmp_path: Path) 
         require_fair(lost, 2.0)
     require_fair(lost, 7.0)
     require_fair(lost, None)
-    with pytest.raises(RecipeError, match="needs data with groups"):
-        require_fair({}, 2.0)
 
 
 def test_the_verdict_is_a_sentence() -> None:
@@ -126,6 +124,16 @@ def test_contradictions_are_told(sections: dict[str, Any], words: str) -> None:
         recipe(**sections)
 
 
-def test_data_without_groups_are_told(tmp_path: Path) -> None:
+UNIFORM = {"plan": {"weight_bits": 4}, "budget": None}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{}, UNIFORM, {**UNIFORM, "fairness": None, "evaluate": {"guard_worst_group": 2.0}}],
+    ids=["plan", "fairness", "guard"],
+)
+def test_data_without_groups_are_told_before_anything_is_trained(tmp_path: Path, sections: dict[str, Any]) -> None:
+    given = recipe(**{"data": {"source": "digits"}, "float_training": {"max_steps": 2}, **sections})
     with pytest.raises(RecipeError, match="these data have no groups"):
-        run(recipe(data={"source": "digits"}), tmp_path / "run", say=quiet)
+        run(given, tmp_path / "run", say=quiet)
+    assert not (tmp_path / "run/float").exists()
