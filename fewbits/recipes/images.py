@@ -20,7 +20,8 @@ from fewbits.tasks.models import build_model
 from fewbits.tasks.sources import load
 from fewbits.train.loop import Loss
 
-SHAPES = {"digits": (1, 8, 8), "fashion_mnist": (1, 28, 28)}  # of stand-ins; all others have three channels
+SHAPES = {"digits": (1, 8, 8), "fashion_mnist": (1, 28, 28), "nih_cxr64": (1, 32, 32)}  # of stand-ins; others: RGB
+GROUPED = ("cifar10_groups", "isic2017", "nih_cxr64", "manifest")  # whose stand-ins have groups, too
 STAND_IN_CLASSES = 10
 
 
@@ -141,5 +142,8 @@ def _stand_ins(data: Data) -> tuple[ImageExamples, ImageExamples]:
         images = (noise + 15 * labels[:, None, None, None]).to(torch.uint8)
         classes = tuple(f"class {k}" for k in range(STAND_IN_CLASSES))
         mean, std = (0.5,) * shape[0], (0.25,) * shape[0]
-        made.append(ImageExamples(images=images, labels=labels, classes=classes, mean=mean, std=std))
+        groups: dict[str, Any] = {}
+        if data.source in GROUPED:
+            groups = {"groups": torch.arange(count) // STAND_IN_CLASSES % 2, "group_names": ("one", "other")}
+        made.append(ImageExamples(images=images, labels=labels, classes=classes, mean=mean, std=std, **groups))
     return made[0], made[1]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from fewbits.errors import ExportError
 from fewbits.recipes import images, runner
 from fewbits.recipes.folder import RunFolder
 from fewbits.recipes.runner import finish, run
@@ -85,9 +86,9 @@ def test_a_model_that_packs_wrongly_is_told_after_the_report(
     recipe = RunFolder.open(finished_run).recipe()
     runner.require_faithful(result, recipe)
     wrong = {**result, "packed": {**result["packed"], "code_mismatches": 3}}
-    with pytest.raises(runner.ExportError, match="3 codes differ"):
+    with pytest.raises(ExportError, match="3 codes differ"):
         runner.require_faithful(wrong, recipe)
     strict = recipe.model_copy(update={"export": recipe.export.model_copy(update={"min_agreement": 99.0})})
     wrong = {**result, "onnx": {**result["onnx"], "top1_agreement": 90.0}}
-    with pytest.raises(runner.ExportError, match=r"90\.00 % of the test examples.*asks for 99 %"):
+    with pytest.raises(ExportError, match=r"90\.00 % of the test examples.*asks for 99 %"):
         runner.require_faithful(wrong, strict)

@@ -22,7 +22,7 @@ from fewbits.report.summary import main_metric
 pytestmark = pytest.mark.timeout(300)  # a run takes seconds, but a busy machine shares them out
 FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "model.safetensors", "model.onnx", "result.json", "report.html")
 ACCURACIES = {"classification": "top1", "language": "token_accuracy", "segmentation": "miou", "detection": "map"}
-EMBEDDED = ("digits", "scenes")
+EMBEDDED = ("digits", "digits_groups", "scenes")
 KEYS = {
     "float": ("metrics", "size_bytes"),
     "quantized": ("metrics", "avg_weight_bits", "size_bytes"),
@@ -75,7 +75,7 @@ def test_a_smoke_run_leaves_the_whole_run_folder(folder: Path) -> None:
 def stored_bits(weight: TensorPlan) -> float:
     """Bits of a weight in the file: its own, or those of the kept ones and of their positions."""
     pattern = weight.pattern
-    return weight.bits if pattern is None else pattern.kept * (weight.bits + pattern.position_bits) / pattern.of
+    return weight.mean_bits if pattern is None else pattern.kept * (weight.bits + pattern.position_bits) / pattern.of
 
 
 def test_what_a_smoke_run_leaves_holds_together(folder: Path) -> None:
