@@ -229,12 +229,18 @@ def bench(
 
 
 @app.command()
-def report(folder: Run, as_json: Json = False) -> None:
+def report(
+    folder: Run,
+    beside: Annotated[
+        list[Path] | None, typer.Option("--beside", help="Another run, whose groups are shown beside this one's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Write report.html of a run folder anew."""
     with _answer(as_json) as answer:
         from fewbits.report import write_report
 
-        answer.update({"file": str(write_report(folder))})
+        answer.update({"file": str(write_report(folder, beside or ()))})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

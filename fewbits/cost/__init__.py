@@ -13,6 +13,7 @@ from fewbits.cost.hardware import (
     layer_energy,
     layer_latency,
 )
+from fewbits.cost.prices import BitPrices, bit_prices
 from fewbits.cost.shapes import LayerShape, ModelShape, float_bytes, model_shape, require_layers
 from fewbits.cost.shift_add import MacResult, int8_mac, shift_add_mac
 from fewbits.cost.size import (
@@ -28,6 +29,7 @@ from fewbits.cost.size import (
 )
 
 __all__ = [
+    "BitPrices",
     "Hardware",
     "HardwareCost",
     "LayerCost",
@@ -42,6 +44,7 @@ __all__ = [
     "Size",
     "arithmetic_bits",
     "average_weight_bits",
+    "bit_prices",
     "bops",
     "code_cycles",
     "fixed_bytes",

@@ -33,6 +33,7 @@ def _row(name: str, layer: QuantizedLayer, shape: LayerShape) -> dict[str, Any]:
         "name": name,
         "kind": float_class(layer).__name__,
         "weight_bits": None if weight is None else weight.mean_bits,
+        "channel_bits": {} if weight is None or not weight.channel_bits else tally(weight.channel_bits),
         "input_bits": None if given is None else given.bits,
         "granularity": None if weight is None else weight.granularity,
         "quantizer": None if weight is None else weight.quantizer,
@@ -40,6 +41,11 @@ def _row(name: str, layer: QuantizedLayer, shape: LayerShape) -> dict[str, Any]:
         "macs": shape.macs,
         "weight_error": _weight_error(layer),
     }
+
+
+def tally(widths: tuple[int, ...]) -> dict[str, int]:
+    """Return how many channels have each width, {bits: channels}."""
+    return {str(bits): widths.count(bits) for bits in sorted(set(widths))}
 
 
 def not_quantized(model: nn.Module) -> list[dict[str, str]]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewbits.errors import FairnessError, RecipeError
+from fewbits.errors import DataError, FairnessError, RecipeError
 from fewbits.losses import GroupFairness
-from fewbits.recipes.schema import Fairness, Recipe
+from fewbits.recipes.schema import Evaluate, Fairness, Recipe
 from fewbits.recipes.task import Task
 from fewbits.tasks.classification import predict
 from fewbits.tasks.data import Indices, LabelledImages
 from fewbits.tasks.group_metrics import fairlearn_metrics, group_changes, group_metrics, worst_change
+from fewbits.tasks.image_groups import image_groups
 from fewbits.train.loop import Loss
 
 IMPORTANCE_BATCH = 32
@@ -47,7 +50,8 @@ def groups_of(examples: Any) -> Tensor:
     if getattr(examples, "groups", None) is None:
         raise RecipeError(
             "these data have no groups: take a source with groups (digits_groups, cifar10_groups, isic2017, nih_cxr64, "
-            "manifest), or leave out fairness, the guard of the worst group, and plan.method fair"
+            "manifest; for boxes and masks, a table in evaluate.groups), or leave out fairness, the guard of the worst "
+            "group, and plan.method fair"
         )
     groups: Tensor = examples.groups
     return groups
@@ -55,9 +59,22 @@ def groups_of(examples: Any) -> Tensor:
 
 def check_groups(task: Task[Any], recipe: Recipe) -> None:
     """Raise RecipeError, before anything is trained, where a recipe asks for groups that its data do not have."""
-    guard = recipe.evaluate.guard_worst_group is not None
-    if guard or recipe.fairness is not None or recipe.plan.method == "fair":
-        groups_of(task.test if guard else task.train)
+    if recipe.evaluate.groups is not None:
+        test_groups(task, recipe.evaluate.groups)
+    elif recipe.evaluate.guard_worst_group is not None:
+        groups_of(task.test)
+    if recipe.fairness is not None or recipe.plan.method == "fair":
+        groups_of(task.train)
+
+
+def test_groups(task: Task[Any], file: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Return the groups of the test images by a table, and their names. Raises RecipeError, DataError."""
+    if not getattr(task.test, "names", ()):
+        raise RecipeError(
+            "evaluate.groups is a table of images for detection and segmentation; in classification, groups come with "
+            "the data (source manifest: columns of its table), and texts have none"
+        )
+    return image_groups(Path(file).expanduser(), task.test.names)
 
 
 def group_batches(task: Task[Any], recipe: Recipe) -> dict[str, list[tuple[Tensor, Tensor]]]:
@@ -98,29 +115,58 @@ def fair_loss(fairness: GroupFairness, label_smoothing: float) -> Loss:
     return loss
 
 
-def group_entry(task: Task[Any], original: nn.Module, model: nn.Module, batch_size: int) -> dict[str, Any] | None:
+def group_entry(task: Task[Any], original: nn.Module, model: nn.Module, rules: Evaluate) -> dict[str, Any] | None:
     """Return what ``result.json`` tells of groups: how float and quantized model serve each, and what each lost.
 
     None where the test examples have no groups.
     """
-    test = task.test
-    if getattr(test, "groups", None) is None:
+    nets = {"float": original, "quantized": model}
+    if rules.groups is not None:
+        found = _by_table(task, nets, rules.groups, rules.batch_size)
+    elif getattr(task.test, "groups", None) is not None:
+        found = _by_class(task, nets, rules.batch_size)
+    else:
         return None
-    given = {"labels": test.labels, "groups": test.groups, "classes": len(test.classes), "names": test.group_names}
-    answers = {
-        name: predict(net, test, batch_size).argmax(1) for name, net in (("float", original), ("quantized", model))
-    }
-    forms = {name: group_metrics(answer, **given) for name, answer in answers.items()}
-    right = {name: answer == test.labels for name, answer in answers.items()}
-    changes = group_changes(right["float"], right["quantized"], test.groups, test.group_names)
+    changes = found["changes"]
     name, change = worst_change(changes)
+    return {**found, "worst_change": {"group": name, "change": change}, "verdict": verdict(changes)}
+
+
+def _by_class(task: Task[Any], nets: Mapping[str, nn.Module], batch_size: int) -> dict[str, Any]:
+    """Return accuracy, gaps and odds of a classifier by group."""
+    test = task.test
+    given = {"labels": test.labels, "groups": test.groups, "classes": len(test.classes), "names": test.group_names}
+    answers = {name: predict(net, test, batch_size).argmax(1) for name, net in nets.items()}
+    right = {name: answer == test.labels for name, answer in answers.items()}
     return {
-        **forms,
+        **{name: group_metrics(answer, **given) for name, answer in answers.items()},
         "fairlearn": {form: fairlearn_metrics(answer, **given) for form, answer in answers.items()},
-        "changes": changes,
-        "worst_change": {"group": name, "change": change},
-        "verdict": verdict(changes),
+        "changes": group_changes(right["float"], right["quantized"], test.groups, test.group_names),
     }
+
+
+def _by_table(task: Task[Any], nets: Mapping[str, nn.Module], file: str, batch_size: int) -> dict[str, Any]:
+    """Return the task's metric of each group of images; it is no mean over images, so changes have no interval."""
+    groups, names = test_groups(task, file)
+    parts = {name: task.test.select((groups == i).nonzero().flatten()) for i, name in enumerate(names)}
+    found: dict[str, Any] = {"metric": task.accuracy}
+    for form, net in nets.items():
+        measured = {name: task.evaluate(net, part, batch_size)[task.accuracy] for name, part in parts.items()}
+        served = {name: float(value) for name, value in measured.items() if value is not None}
+        if not served:
+            raise DataError(f"{file}: no group of test images has an object, so there is nothing to measure by group")
+        worst = min(served, key=lambda name: served[name])
+        found[form] = {
+            "acc_groups": served,
+            "acc_group_mean": sum(served.values()) / len(served),
+            "acc_worst": served[worst],
+            "worst": worst,
+            "acc_gap": max(served.values()) - served[worst],
+            "counts": {name: [len(part)] for name, part in parts.items()},
+        }
+    before, after = (found[form]["acc_groups"] for form in nets)
+    found["changes"] = {name: {"change": after[name] - before[name]} for name in after}
+    return found
 
 
 def verdict(changes: dict[str, dict[str, float]]) -> str:
@@ -129,6 +175,8 @@ def verdict(changes: dict[str, dict[str, float]]) -> str:
     found = changes[name]
     if change >= 0:
         return "no group lost accuracy against float"
+    if "high" not in found:
+        return f"group {name!r} loses most, {-change:.1f} points"
     sure = "" if found["high"] < 0 else ", which may be chance"
     return f"group {name!r} loses most, {-change:.1f} points ({-found['high']:.1f} to {-found['low']:.1f}){sure}"
 

@@ -91,7 +91,7 @@ def write_result(
         result["search"] = search
     if fusion is not None:
         result["fusion"] = fusion
-    if (groups := group_entry(task, original, model, recipe.evaluate.batch_size)) is not None:
+    if (groups := group_entry(task, original, model, recipe.evaluate)) is not None:
         result["groups"] = groups
     if recipe.budget is not None and recipe.budget.hardware is not None:
         result["hardware"] = hardware_entry(recipe.budget.hardware, plan, model, shape)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from fewbits.cost import model_shape
 from fewbits.deploy import align_biases, code_mismatches, fold_fusion, load, pack, save, verify
 from fewbits.deploy.onnx_export import export_float, export_onnx
 from fewbits.layers import balance_fusion, calibrate, quantize, settle_bits, settle_fusion
@@ -29,8 +30,9 @@ from fewbits.recipes.schema import Export, Fusion, Recipe, Training
 from fewbits.recipes.searching import search, search_entry
 from fewbits.recipes.task import Pair
 from fewbits.recipes.tasks import load_task
+from fewbits.recipes.widths import learn_bits
 from fewbits.report.text import measure, metric
-from fewbits.train import BalanceFusion, Batches, FairnessRamp, Hook, LearnBits, fit
+from fewbits.train import BalanceFusion, Batches, FairnessRamp, Hook, fit
 from fewbits.train.loop import Loss
 
 Say = Callable[[str], None]
@@ -159,7 +161,8 @@ class _Run:
                 fairness = fairness_of(self.task, fair)
                 loss, hooks = fair_loss(fairness, qat.label_smoothing), [*hooks, FairnessRamp(fairness, fair.ramp)]
             if (learned := self.recipe.learned_bits) is not None:
-                hooks.append(LearnBits(learned.average_bits, lr=learned.lr, freeze_at=learned.freeze_at))
+                shape = functools.partial(model_shape, teacher, self.task.sample(1))
+                hooks.append(learn_bits(self.model, learned, self.made_plan, shape))
             self.fit(qat, "train", self.folder.path, self.made_plan, loss, hooks)
         return self.trained()
 

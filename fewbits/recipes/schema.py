@@ -270,12 +270,24 @@ class Fairness(Section):
 class LearnedBits(Section):
     """Widths of channels that are trained, with plan.quantizer learnable_bits (fairness.md)."""
 
-    average_bits: Positive
+    average_bits: Positive | None = None
     """Mean bits of a weight that they come to."""
+    energy_uj: Positive | None = None
+    """In place of average_bits: microjoules of one image on `hardware` that they come to."""
+    hardware: str | None = None
+    """Name or file of a hardware description, for energy_uj."""
     lr: Positive = 0.02
     """Bits that a width moves a step, about."""
     freeze_at: Annotated[float, Field(gt=0, le=1)] = 0.6
     """Share of the steps of qat after which they are whole numbers, and stay."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> LearnedBits:
+        if (self.average_bits is None) == (self.energy_uj is None):
+            raise ValueError("learned_bits need average_bits or energy_uj: give one of them")
+        if (self.energy_uj is None) != (self.hardware is None):
+            raise ValueError("learned_bits.energy_uj and learned_bits.hardware need each other: give both or neither")
+        return self
 
 
 class PlanRules(Section):
@@ -384,6 +396,9 @@ class Evaluate(Section):
     """Training examples that set the ranges of activations."""
     group_examples: Count = 256
     """Training examples of each group that its importance is measured on, for plan.method fair."""
+    groups: str | None = None
+    """CSV file with the columns `image` (name of a file) and `group`: detection and segmentation then tell of each
+    group of test images. Classification has its groups from its data."""
     guard_worst_group: NotNegativeFloat | None = None
     """Points of accuracy that any group may lose against float; where one loses more, the run fails at its end."""
 

@@ -89,11 +89,12 @@ def dot_plots(result: Result) -> list[DotPlot]:
         values = {who: form.scalars[name] for who, form in result.forms if name in form.scalars}
         values = {who: value for who, value in values.items() if math.isfinite(value)}
         if len(values) > 1:
-            plots.append(_dot_plot(name, values))
+            plots.append(dot_plot(name, values))
     return plots
 
 
-def _dot_plot(name: str, values: dict[str, float]) -> DotPlot:
+def dot_plot(name: str, values: dict[str, float], title: str | None = None) -> DotPlot:
+    """Return one metric of several forms, on an axis that spans what they have."""
     low, high = min(values.values()), max(values.values())
     # differences under a point are noise on small test sets: do not blow them up to the full width
     room = max(0.15 * (high - low), 0.5 if text.metric(name).unit == "%" else 0.05 * abs(high) or 1.0)
@@ -104,7 +105,7 @@ def _dot_plot(name: str, values: dict[str, float]) -> DotPlot:
         Dot(who, 100 * share(value, low, high), text.measure(name, value), "p0" if who == "float" else "p1")
         for who, value in values.items()
     ]
-    return DotPlot(text.metric(name).label, dots, text.measure(name, low), text.measure(name, high))
+    return DotPlot(title or text.metric(name).label, dots, text.measure(name, low), text.measure(name, high))
 
 
 def class_chart(result: Result) -> ClassChart | None:

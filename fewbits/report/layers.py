@@ -56,6 +56,25 @@ class Skyline:
         return len(self.names) <= (LABELLED if len(value) <= 2 else ROOMY)
 
 
+@dataclass(frozen=True)
+class Run:
+    """Steps, or channels, in a row, from ``start``, that have the same bits."""
+
+    start: float
+    length: float
+    colour: str
+    tip: str
+
+
+@dataclass(frozen=True)
+class History:
+    """Bits of each layer over ``steps``, or over its channels: one row of runs a layer."""
+
+    steps: float
+    rows: list[tuple[str, list[Run]]]
+    legend: list[tuple[str, str]]
+
+
 def bit_map(layers: list[Layer]) -> Skyline:
     """Return weight bits and activation bits of every layer; a tensor in float is a full, hatched column."""
     widths = [b for layer in layers for b in (layer.weight_bits, layer.input_bits) if b is not None]
@@ -90,6 +109,21 @@ def errors(layers: list[Layer]) -> Skyline | None:
         if any(value is not None for value in values)
     ]
     return Skyline([layer.name for layer in layers], strips) if strips else None
+
+
+def channel_map(layers: list[Layer]) -> History | None:
+    """Return the widths of the channels of each layer, sorted, as shares of it; None where none differ."""
+    mixed = [layer for layer in layers if layer.channel_bits]
+    rows, used = [], set()
+    for layer in mixed:
+        total, start, runs = sum(layer.channel_bits.values()), 0.0, []
+        for bits, count in sorted((int(b), n) for b, n in layer.channel_bits.items()):
+            tip = f"{layer.name}\n{bits} bits: {count} of {total} channels"
+            runs.append(Run(start, 100 * count / total, colour(bits), tip))
+            used.add(bits)
+            start += 100 * count / total
+        rows.append((layer.name, runs))
+    return History(100, rows, [(colour(b), f"{b} bit") for b in sorted(used)]) if rows else None
 
 
 def colour(bits: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ from fewbits.report import charts, classes, curves, fusion, groups, layers, load
 from fewbits.report.schema import Result
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(run_folder: Path, beside: Sequence[Path] = ()) -> Path:
     """Write ``report.html`` from the ``result.json`` and ``metrics.jsonl`` of a run folder; return its path.
 
-    The page is one file without references to others. Parts that the result does not have are left out and
-    named. Raises DataError for a missing or malformed file, and where the folder cannot be written.
+    beside: folders of other runs, whose groups are shown beside this one's. The page is one file without references to
+    others. Parts that the result does not have are left out and named. Raises DataError for a missing or malformed
+    file, for runs whose groups are not the same, and where the folder cannot be written.
     """
     folder = Path(run_folder)
-    page = render(load.read_result(folder / "result.json"), load.read_log(folder / "metrics.jsonl"))
+    result = load.read_result(folder / "result.json")
+    others = {Path(other).name: load.read_result(Path(other) / "result.json") for other in beside}
+    page = render(groups.put_beside(result, others), load.read_log(folder / "metrics.jsonl"))
     path, draft = folder / "report.html", folder / "report.html.draft"
     try:
         draft.write_text(page, encoding="utf-8")
@@ -56,12 +60,15 @@ def _content(result: Result, log: load.Log) -> dict[str, Any]:
         "missing": summary.missing(result, logged=bool(drawn)),
         "summary": summary.summary(result),
         "bit_map": layers.bit_map(result.layers) if result.layers else None,
+        "channel_map": layers.channel_map(result.layers),
         "bits_used": _bits_used(result),
         "search_way": search.way(result.search) if result.search else None,
         "search_layers": search.sigma_and_kl(result.search) if result.search else [],
         "search_history": search.history(result.search) if result.search else None,
         "hardware": search.hardware(result.hardware, result.layers),
         "group_chart": groups.chart(result.groups) if result.groups else None,
+        "group_plots": groups.plots(result.groups) if result.groups else [],
+        "group_metric": groups.metric(result.groups) if result.groups else "",
         "group_rows": groups.rows(result.groups) if result.groups else [],
         "fusion_forms": fusion.forms(result.fusion, result.headline) if result.fusion else [],
         "fusion_nodes": fusion.rows(result.fusion) if result.fusion else [],

@@ -62,11 +62,14 @@ class Measured(Part):
 
 
 class Layer(Part):
-    """One quantized layer. ``weight_error``: relative MSE of the weight; ``sqnr_db``: of the layer's output."""
+    """One quantized layer. ``channel_bits``: how many channels have so many bits, where they differ.
+    ``weight_error``: relative MSE of the weight; ``sqnr_db``: of the layer's output.
+    """
 
     name: str
     kind: str = ""
     weight_bits: float | None = None
+    channel_bits: dict[str, int] = {}
     input_bits: float | None = None
     granularity: str | None = None
     quantizer: str | None = None
@@ -203,11 +206,15 @@ class GroupForm(Part):
 
 
 class Groups(Part):
-    """Groups of the test examples. verdict: who lost most, in a sentence."""
+    """Groups of the test examples. metric: what their accuracies are, None: top-1. verdict: who lost most, in a
+    sentence. beside: the quantized models of other runs on the same examples, by name.
+    """
 
     float_form: GroupForm = Field(GroupForm(), alias="float")
     quantized: GroupForm = GroupForm()
     verdict: str = ""
+    metric: str | None = None
+    beside: dict[str, GroupForm] = {}
 
 
 class Tile(Part):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fewbits.report import text
 from fewbits.report.charts import SPAN, Point, Tick, domain, share, ticks
-from fewbits.report.layers import Bar, Skyline, Strip, colour
+from fewbits.report.layers import Bar, History, Run, Skyline, Strip, colour
 from fewbits.report.schema import Hardware, Layer, Search, SearchStep
 
 LIMITS = {"size_bytes": "size", "average_bits": "bits a weight", "bops": "bit operations", "energy_uj": "energy, µJ",
@@ -53,25 +53,6 @@ class Scatter:
     legend: list[tuple[str, str]]
     zones: list[Zone]
     lines: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Run:
-    """Steps in a row, from ``start``, at which a layer kept its bits."""
-
-    start: int
-    length: int
-    colour: str
-    tip: str
-
-
-@dataclass(frozen=True)
-class History:
-    """Bits of each layer over the steps: one row of runs a layer."""
-
-    steps: int
-    rows: list[tuple[str, list[Run]]]
-    legend: list[tuple[str, str]]
 
 
 def sigma_and_kl(search: Search) -> list[Scatter]:

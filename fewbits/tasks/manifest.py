@@ -174,7 +174,7 @@ def fitzpatrick17k(file: Path, *, group: str = "binary", unknown: str = "drop") 
     if group not in ("binary", "type"):
         raise DataError(f"group must be 'binary' or 'type', got {group!r}")
     rows, columns = read_csv(file)
-    _require(file, columns, ("md5hash", "fitzpatrick_scale", "label"))
+    require_columns(file, columns, ("md5hash", "fitzpatrick_scale", "label"))
 
     def tone(row: Row) -> list[str]:
         scale = row["fitzpatrick_scale"].strip().removesuffix(".0")
@@ -195,8 +195,8 @@ def isic2019(truth: Path, metadata: Path, *, unknown: str = "drop") -> Manifest:
     """
     rows, columns = read_csv(truth)
     about, more = read_csv(metadata)
-    _require(truth, columns, ("image",))
-    _require(metadata, more, ("image", "sex", "lesion_id"))
+    require_columns(truth, columns, ("image",))
+    require_columns(metadata, more, ("image", "sex", "lesion_id"))
     details = {row["image"]: row for row in about}
     classes = [name for name in columns if name != "image"]
 
@@ -216,7 +216,8 @@ def isic2019(truth: Path, metadata: Path, *, unknown: str = "drop") -> Manifest:
     )
 
 
-def _require(file: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
+def require_columns(file: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
+    """Raise DataError, listing the columns that are there, where one is missing."""
     for column in needed:
         if column not in columns:
             raise DataError(

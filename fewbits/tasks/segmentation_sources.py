@@ -34,9 +34,10 @@ CAMVID = (
     "Bicyclist",
 )
 SCENES = ("ground", *(f"digit {digit}" for digit in DIGITS))
-FIELDS = [f.name for f in dataclasses.fields(SegmentedImages) if f.name not in ("reads", "classes")]
+FIELDS = [f.name for f in dataclasses.fields(SegmentedImages) if f.name not in ("reads", "classes", "names")]
 Counts = Mapping[str, int | None]
 Reads = dict[str, list[Read]]
+Names = dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,18 @@ class MaskFolders:
         if self.test_share is not None and not (is_number(self.test_share) and 0 < self.test_share < 1):
             raise DataError(f"test_share is the part of the images for testing, within 0..1, got {self.test_share!r}")
 
-    def load(self, root: Path, counts: Counts, seed: int) -> tuple[Reads, tuple[str, ...]]:
-        """Return what reads the examples of "train" and "test", and the classes. Raises DataError for unfit files."""
+    def load(self, root: Path, counts: Counts, seed: int) -> tuple[Reads, Names, tuple[str, ...]]:
+        """Return what reads the examples of "train" and "test", the images' names, and the classes.
+
+        Raises DataError for unfit files.
+        """
         form, classes = self._format(root)
         reader, pairs = PairReader(form), self._pairs(root)
         chosen = {split: _few(found, counts.get(split), seed) for split, found in pairs.items()}
         reader.fill(paths for found in chosen.values() for paths in found)
         reads: Reads = {s: [functools.partial(reader.read, paths) for paths in found] for s, found in chosen.items()}
-        return reads, classes
+        names = {split: tuple(image.name for image, _ in found) for split, found in chosen.items()}
+        return reads, names, classes
 
     def _format(self, root: Path) -> tuple[MaskFormat, tuple[str, ...]]:
         if self.palette is None:
@@ -164,13 +169,16 @@ def load_segmentation(
     where = {key: given.pop(key) for key in own if key in given}
     if name == "scenes":
         reads, classes = scenes(path, counts or {}, seed, **where), SCENES
+        names = {split: tuple(f"scene {i}" for i in range(len(found))) for split, found in reads.items()}
     else:
         folder = data_folder(path, SHARED[name]) if name in SHARED else _given(path)
-        reads, classes = MaskFolders(**where).load(folder, counts or {}, seed)
+        reads, names, classes = MaskFolders(**where).load(folder, counts or {}, seed)
     if given.get("size") is None:
         height, width = reads["train"][0]()[1].shape
         given["size"] = (height, width)
-    train, test = (SegmentedImages(reads=reads[split], classes=classes, **given) for split in ("train", "test"))
+    train, test = (
+        SegmentedImages(reads=reads[split], classes=classes, names=names[split], **given) for split in ("train", "test")
+    )
     return train, test
 
 

@@ -23,7 +23,8 @@ STRETCH = (4 / 5, 5 / 4)  # of the width of a window that training cuts, against
 class SegmentedImages:
     """Images of which every pixel has one of ``classes``, or none (IGNORE).
 
-    reads: one an example, each returns image uint8 [3, H, W] and mask uint8 [H, W]. ground: the class that is no
+    reads: one an example, each returns image uint8 [3, H, W] and mask uint8 [H, W]. names: of the images, as tables
+    of groups call them; empty: they have none. ground: the class that is no
     object, which Dice leaves out; None: all count. size: height and width that images are scaled to where they have
     others (masks: nearest pixel). mean, std: one value a channel, of pixels in 0..1.
     Training cuts a window of ``min_area`` to 1 of the area, of about the form of ``crop`` (height and width, None: as
@@ -35,6 +36,7 @@ class SegmentedImages:
     reads: Sequence[Read]
     classes: tuple[str, ...]
     size: Size
+    names: tuple[str, ...] = ()
     mean: Sequence[float] = (0.485, 0.456, 0.406)  # ImageNet's, as torchvision's weights have them
     std: Sequence[float] = (0.229, 0.224, 0.225)
     ground: int | None = None
@@ -46,6 +48,8 @@ class SegmentedImages:
     def __post_init__(self) -> None:
         if not self.reads:
             raise DataError("the data set is empty; expected at least one image with its mask")
+        if self.names and len(self.names) != len(self.reads):
+            raise DataError(f"need a name of each of the {len(self.reads)} images, or none, got {len(self.names)}")
         for name in ("size", "crop"):
             value = getattr(self, name)
             if value is not None and not (
@@ -95,7 +99,8 @@ class SegmentedImages:
     def select(self, indices: Indices) -> SegmentedImages:
         """Return a data set of these examples only, in this order."""
         rows = torch.as_tensor(indices, dtype=torch.int64).tolist()
-        return dataclasses.replace(self, reads=[self.reads[row] for row in rows])
+        names = tuple(self.names[row] for row in rows) if self.names else ()
+        return dataclasses.replace(self, reads=[self.reads[row] for row in rows], names=names)
 
     def subset(self, n: int, seed: int = 0) -> SegmentedImages:
         """Return n examples, chosen at random. Raises DataError unless 1 <= n <= len(self)."""

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewbits.errors import FairnessError, RecipeError
+from fewbits.cost import Hardware, hardware_cost, model_shape, plan_cycles
+from fewbits.errors import BudgetError, DataError, FairnessError, RecipeError
 from fewbits.plan import Plan
 from fewbits.recipes.fairly import WithGroups, group_batches, require_fair, verdict
 from fewbits.recipes.folder import RunFolder
@@ -19,6 +20,8 @@ from fewbits.recipes.images import load_images
 from fewbits.recipes.read import parse
 from fewbits.recipes.runner import finish, run
 from fewbits.recipes.schema import Recipe
+from fewbits.tasks.image_groups import image_groups
+from fewbits.tasks.models import build_model
 from fewbits.train import Batches
 
 
@@ -56,6 +59,9 @@ def test_a_run_plans_by_groups_and_tells_of_each(tmp_path: Path) -> None:
     assert "equalized_odds_difference" in groups["fairlearn"]["quantized"]
     plan = Plan.load(tmp_path / "run/plan.json")
     mixed = [layer.weight.channel_bits for _, layer in plan if layer is not None and layer.weight is not None]
+    rows = {row["name"]: row["channel_bits"] for row in result["plan"]["layers"]}
+    widths = {name: layer.weight.channel_bits for name, layer in plan if layer is not None and layer.weight is not None}
+    assert all(rows[name] == {str(b): w.count(b) for b in set(w)} for name, w in widths.items() if w)
     assert any(mixed) and plan.decided_from["reducer"] == "balanced" and result["packed"]["code_mismatches"] == 0
     assert result["quantized"]["avg_weight_bits"] <= 4.0
 
@@ -72,6 +78,22 @@ def test_learned_widths_settle_and_a_stopped_run_ends_equal(tmp_path: Path) -> N
     assert {plan.quantizer for plan in plans if plan is not None} == {"maxabs"}
     lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     assert any("bits/average" in line for line in lines)
+
+
+def test_widths_are_learned_to_an_energy(tmp_path: Path) -> None:
+    given = {**LEARNED, "learned_bits": {"energy_uj": 0.008, "hardware": "shift_add", "lr": 0.2}}
+    result = run(recipe(**given), tmp_path / "run", say=quiet)
+    rows = {row["name"]: row["weight_bits"] for row in result["plan"]["layers"]}
+    assert len(set(rows.values())) > 1 and result["packed"]["code_mismatches"] == 0
+    plan = Plan.load(tmp_path / "run/plan.json")
+    float_model = build_model("reference_cnn", 10, 1, width=4)
+    float_model.load_state_dict(torch.load(tmp_path / "run/steps/float.pt", weights_only=True))
+    shape = model_shape(float_model, torch.zeros(1, 1, 8, 8))
+    found = hardware_cost(plan, shape, Hardware.load("shift_add"), plan_cycles(float_model, plan))
+    assert found.compute_energy + found.memory_energy == pytest.approx(0.008, rel=0.1), "the widest is 0.0103"
+    with pytest.raises(BudgetError, match=r"energy_uj=0.001 is out of reach: the model takes .* with 2 bits"):
+        low = {**given, "learned_bits": {"energy_uj": 0.001, "hardware": "shift_add"}}
+        run(recipe(**low), tmp_path / "low", say=quiet)
 
 
 def test_batches_hold_each_group_at_its_share() -> None:
@@ -113,6 +135,8 @@ def test_the_verdict_is_a_sentence() -> None:
     ("sections", "words"),
     [
         ({"qat": None}, "fairness is for qat"),
+        ({**LEARNED, "learned_bits": {"energy_uj": 1.0}}, "need each other"),
+        ({**LEARNED, "learned_bits": {}}, "average_bits or energy_uj"),
         ({"learned_bits": {"average_bits": 4}}, "need each other"),
         ({**LEARNED, "learned_bits": None}, "need each other"),
         ({"fairness": {"mode": "gaps"}}, "mode"),
@@ -137,3 +161,49 @@ def test_data_without_groups_are_told_before_anything_is_trained(tmp_path: Path,
     with pytest.raises(RecipeError, match="these data have no groups"):
         run(given, tmp_path / "run", say=quiet)
     assert not (tmp_path / "run/float").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "metric"),
+    [("segmentation", {"name": "unet_nano", "options": {"widths": [4, 8]}}, "miou"),
+     ("detection", {"name": "detector_nano"}, "map")],
+)  # fmt: skip
+def test_boxes_and_masks_are_told_of_by_a_table_of_images(
+    task: str, model: dict[str, Any], metric: str, tmp_path: Path
+) -> None:
+    lines = ["image,group", *(f"scene {i},{'night' if i % 3 else 'day'}" for i in range(9)), "scene 9,unknown"]
+    (tmp_path / "groups.csv").write_text("\n".join(lines))
+    side = {"side": 64, "size": [64, 64]} if task == "segmentation" else {"size": 64}
+    given = parse(
+        {"task": task, "data": {"source": "scenes", "options": side, "train_examples": 20, "test_examples": 12,
+                                "validation": 0},
+         "model": model, "plan": {"weight_bits": 2, "act_bits": 4, "first_last": None}, "export": None,
+         "qat": {"max_steps": 2, "batch_size": 4}, "float_training": {"max_steps": 2, "batch_size": 4},
+         "evaluate": {"batch_size": 4, "calibration_examples": 4, "groups": str(tmp_path / "groups.csv"),
+                      "guard_worst_group": 100}},
+        "test",
+    )  # fmt: skip
+    result = run(given, tmp_path / "run", say=quiet)
+    groups = result["groups"]
+    assert groups["metric"] == metric and set(groups["changes"]) == {"day", "night"}
+    assert groups["quantized"]["counts"] == {"day": [3], "night": [6]}
+    served = groups["quantized"]["acc_groups"]
+    assert groups["quantized"]["acc_worst"] == min(served.values()) != max(served.values()) or metric == "map"
+    page = (tmp_path / "run/report.html").read_text()
+    assert "of each group</h3>" in page and "Accuracy of each group" not in page
+
+
+def test_a_table_of_images_is_checked_before_anything_is_trained(tmp_path: Path) -> None:
+    table = tmp_path / "groups.csv"
+    given = {"evaluate": {"groups": str(table)}, "data": {"source": "digits"}, "plan": {"weight_bits": 4}}
+    table.write_text("image,group\na,b\n")
+    with pytest.raises(RecipeError, match="in classification, groups come with the data"):
+        run(recipe(**given, budget=None, fairness=None), tmp_path / "run", say=quiet)
+    with pytest.raises(DataError, match=r"no group of any of the 2 images, such as 'x.png'.* 'a'"):
+        image_groups(table, ["x.png", "y.png"])
+    table.write_text("image,group\na,b\na,c\n")
+    with pytest.raises(DataError, match="gives 'a' two groups, 'b' and 'c'"):
+        image_groups(table, ["a"])
+    table.write_text("name,group\na,b\n")
+    with pytest.raises(DataError, match="no column 'image'"):
+        image_groups(table, ["a"])

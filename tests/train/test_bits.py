@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import fewbits as fb
+from fewbits.cost import Hardware, bit_prices, hardware_cost, model_shape
 from fewbits.deploy import code_mismatches
-from fewbits.errors import TrainingError
+from fewbits.errors import HardwareError, TrainingError
 from fewbits.layers import settle_bits
 from fewbits.plan import LayerPlan, Plan, TensorPlan
 from fewbits.quantizers import MaxAbs
@@ -140,6 +141,34 @@ def test_prices_make_it_a_budget_of_another_cost() -> None:
     train(net, Data(), hook, steps=150)
     first, last = (float(q.width.detach().mean()) for q in learnable(net).values())
     assert last <= 4.01 and first > last, "the cheap layer's bits hardly count"
+
+
+@pytest.mark.parametrize("hardware", ["shift_add", "npu"])
+def test_an_energy_is_a_line_in_the_widths_and_is_met(hardware: str) -> None:
+    net, data = model(), Data()
+    shape, described = model_shape(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), data.x[:1]), None
+    described = Hardware.load(hardware)
+    if hardware == "shift_add":
+        engine = described.engine.model_copy(update={"cycles_from": "linear"})
+        described = described.model_copy(update={"engine": engine})
+    weight = TensorPlan(5, "learnable_bits", granularity="channel")
+    plan = Plan((("*", LayerPlan(weight, TensorPlan(8, "lsq", symmetric=False))),))
+    found = bit_prices(net, plan, shape, described, learnable(net), 2, 8)
+    for bits in (2, 5, 8):
+        flat = Plan((("*", LayerPlan(TensorPlan(bits, "maxabs", granularity="channel"), plan.rules[0][1].input)),))
+        cost = hardware_cost(flat, shape, described)
+        whole = cost.compute_energy + cost.memory_energy
+        exact = hardware == "shift_add" or bits in (2, 8)
+        assert not exact or found.energy({"0": bits, "2": bits}) == pytest.approx(whole, rel=1e-9)
+    memory = described.memory.model_copy(update={"sram_pj": 0.0, "dram_pj": 0.0})
+    flat_rate = described.model_copy(update={"memory": memory, "engine": Hardware.load("int8_mac").engine})
+    with pytest.raises(HardwareError, match="does not grow with the bits"):
+        bit_prices(net, plan, shape, flat_rate, learnable(net))
+    target = found.energy({"0": 4.0, "2": 4.0})
+    assert found.mean_bits(target) == pytest.approx(4.0)
+    train(net, data, LearnBits(found.mean_bits(target), prices=found.prices, lr=0.1))
+    means = {name: float(q.width.detach().mean()) for name, q in learnable(net).items()}
+    assert target - 0.2 * target < found.energy(means) <= target * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(
