@@ -8,7 +8,9 @@ too), per channel with ``maxabs``, inputs of 8 bits:
     static        widths by importance for groups, not trained;  quantile  by the release's histogram
     fair_qat      static, trained;  fair  trained with the term
     blind         as fair_qat, by importance over all examples as one group
-    baq           widths trained too, from static, with the term;  baq_head  as the method's release has it
+    sigma_qat     widths of layers by SigmaQuant's allocation, read from its plan file, trained
+    baq           widths trained too, from static, with the term
+    baq_v1, baq_head   as the method's two releases have it, whose widths get no gradient of the task
 
 All trained arms get the same steps, batches (each group at its share), optimizer and rate. One JSON line a finished
 run; finished runs are skipped.
@@ -23,6 +25,7 @@ import argparse
 import statistics
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ from benchmarks.cifar10_qat import read, write
 from fewbits.allocate import Importance, group_importance
 from fewbits.layers import quantized_layers, settle_bits
 from fewbits.losses import GroupFairness
-from fewbits.plan import Plan
+from fewbits.plan import LayerPlan, Plan
 from fewbits.quantizers import ReleasedBits
 from fewbits.recipes.fairly import WithGroups, fair_loss
 from fewbits.tasks.classification import cross_entropy, predict
@@ -44,23 +47,53 @@ from fewbits.tasks.models import build_model
 from fewbits.tasks.sources import load
 from fewbits.train import Batches, FairnessRamp, FitConfig, Hook, LearnBits, fit
 
-DATA: dict[str, dict[str, Any]] = {
-    "digits_groups": {"model": "reference_cnn", "options": {"strength": 0.8}, "float_epochs": 30},
-    "cifar10_groups": {"model": "resnet20", "options": {"strength": 0.6}, "float_epochs": 8},
-    "isic2017": {"model": "resnet20", "options": {"group": "sex"}, "float_epochs": 40},
-    "nih_cxr64": {"model": "resnet20", "options": {"group": "view"}, "float_epochs": 40},
+SGD: dict[str, Any] = {"lr": 0.05, "weight_decay": 5e-4}
+ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.05, "optimizer": "adamw", "clip": 1.0}
+DATA: dict[str, dict[str, Any]] = {  # side: of the images that a transformer is told, and its patches
+    "digits_groups": {"options": {"strength": 0.8}, "side": 8, "patch": 2, "epochs": {"small": 30}},
+    "cifar10_groups": {
+        "options": {"strength": 0.6},
+        "side": 32,
+        "patch": 8,
+        "epochs": {"resnet18": 6, "deit_tiny": 12},
+    },
+    "isic2017": {"options": {"group": "sex"}, "side": 64, "patch": 16, "epochs": {"resnet18": 15, "deit_tiny": 20}},
+    "nih_cxr64": {"options": {"group": "view"}, "side": 64, "patch": 16, "epochs": {"resnet18": 20, "deit_tiny": 30}},
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "small": ("reference_cnn", SGD),
+    "resnet18": ("torchvision:resnet18", SGD),
+    "deit_tiny": ("timm:deit_tiny_patch16_224", ADAMW),
 }
 MENU = (2, 3, 4, 5, 6, 7, 8)
-TRAINED = ("uniform_qat", "uniform_fair", "fair_qat", "fair", "blind", "baq", "baq_head")
+TRAINED = ("uniform_qat", "uniform_fair", "sigma_qat", "fair_qat", "fair", "blind", "baq", "baq_v1", "baq_head")
 WITH_TERM = ("uniform_fair", "fair", "baq")
 ARMS = ("uniform_ptq", "static", "quantile", *TRAINED)
 
 
-class Lab:
-    """One data set, one seed: data, float model, importance."""
+LEARNED: dict[str, tuple[str, dict[str, Any]]] = {
+    "baq": ("learnable_bits", {}),
+    "baq_v1": ("released_bits", {"release": "v1"}),
+    "baq_head": ("released_bits", {"release": "head"}),
+}
 
-    def __init__(self, args: argparse.Namespace, data: str, seed: int) -> None:
-        self.args, self.data, self.seed, self.given = args, data, seed, DATA[data]
+
+def learned(plan: Plan, quantizer: str, options: dict[str, Any]) -> Plan:
+    """Return the plan with weights whose widths, from those of the plan on, are learned."""
+    rules: list[tuple[str, LayerPlan | None]] = []
+    for name, layer in plan:
+        if layer is not None and layer.weight is not None:
+            layer = replace(layer, weight=replace(layer.weight, quantizer=quantizer, options=options))
+        rules.append((name, layer))
+    return Plan(tuple(rules))
+
+
+class Lab:
+    """One data set, one model, one seed: data, float model, importance."""
+
+    def __init__(self, args: argparse.Namespace, data: str, model: str, seed: int) -> None:
+        self.args, self.data, self.model, self.seed, self.given = args, data, model, seed, DATA[data]
+        self.measured: dict[bool, tuple[Importance, float]] = {}
         self.train, self.test = (load(data, None, split, **self.given["options"]) for split in ("train", "test"))
         assert self.train.groups is not None and self.test.groups is not None
         self.names, self.groups, self.test_groups = self.train.group_names, self.train.groups, self.test.groups
@@ -69,25 +102,32 @@ class Lab:
 
     def build(self) -> nn.Module:
         """Return the architecture."""
-        return build_model(self.given["model"], len(self.train.classes), self.train.shape[0])
+        sized = {"img_size": self.given["side"], "patch_size": self.given["patch"]} if self.model == "deit_tiny" else {}
+        return build_model(MODELS[self.model][0], len(self.train.classes), self.train.shape[0], **sized)
 
     def float_model(self) -> nn.Module:
         """Return the float model, trained once and kept in the cache."""
         torch.manual_seed(self.seed)
-        model, kept = self.build(), self.args.cache / f"{self.data}_{self.seed}.pt"
-        if kept.exists():
-            model.load_state_dict(torch.load(kept, weights_only=True))
+        model, self.kept = self.build(), self.args.cache / f"{self.data}_{self.model}_{self.seed}.pt"
+        if self.kept.exists():
+            model.load_state_dict(torch.load(self.kept, weights_only=True))
             return model.eval()
-        config = FitConfig(
-            epochs=self.given["float_epochs"], lr=0.05, weight_decay=5e-4, seed=self.seed, progress=False
-        )
-        fit(model, Batches(self.train, 64, seed=self.seed), cross_entropy, config)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), kept)
+        epochs = self.given["epochs"][self.model]
+        config = FitConfig(epochs=epochs, warmup_steps=20, seed=self.seed, progress=False, **MODELS[self.model][1])
+        done = fit(model, Batches(self.train, 64, seed=self.seed), cross_entropy, config)
+        self.kept.parent.mkdir(parents=True, exist_ok=True)
+        self.kept.with_suffix(".seconds").write_text(str(done.seconds / epochs))
+        torch.save(model.state_dict(), self.kept)
         return model.eval()
 
     def importance(self, blind: bool) -> Importance:
-        """Return the importance of each group's examples, or of as many of all."""
+        """Return the importance of each group's examples, or of as many of all; measured once."""
+        if blind not in self.measured:
+            start = time.perf_counter()
+            self.measured[blind] = self._importance(blind), time.perf_counter() - start
+        return self.measured[blind][0]
+
+    def _importance(self, blind: bool) -> Importance:
         members = (
             [self.train]
             if blind
@@ -103,24 +143,30 @@ class Lab:
         style: dict[str, Any] = {"first_last": None, "act_bits": 8, "act_quantizer": "lsq"}
         if arm.startswith("uniform"):
             return fb.uniform_plan(self.float, int(bits), quantizer="maxabs", **style)
-        quantizer = {"baq": "learnable_bits", "baq_head": "released_bits"}.get(arm, "maxabs")
+        if arm == "sigma_qat":
+            file = self.args.cache / f"sigma_{self.data}_{self.model}_{self.seed}_{bits:g}.json"
+            fb.allocate(self.float, fb.Budget(average_bits=bits), method="sigma", menu=MENU, quantizer="maxabs",
+                        **style).save(file)  # fmt: skip
+            return Plan.load(file)
         more: dict[str, Any] = {}
         if arm == "quantile":  # the release's three widths, shares moved to the mean asked for
             high = min(1.0, max(0.0, (bits - 2.0) / 6.0))
             more = {"rule": "quantile", "shares": (1 - high, 0, 0, 0, 0, 0, high)}
         budget = fb.Budget(average_bits=bits + (arm == "quantile"))  # a histogram meets the mean of channels
         importance = self.importance(arm == "blind")
-        return fb.allocate(
-            self.float, budget, method="fair", menu=MENU, quantizer=quantizer, importance=importance, **style, **more
+        plan = fb.allocate(
+            self.float, budget, method="fair", menu=MENU, quantizer="maxabs", importance=importance, **style, **more
         )
+        return learned(plan, *LEARNED[arm]) if arm in LEARNED else plan
 
     def compare(self, arm: str, bits: float) -> None:
         """Do one run, unless it is done."""
         args = self.args
-        key = {"data": self.data, "arm": arm, "bits": bits, "seed": self.seed, "steps": args.steps, "lr": args.lr}
+        key = {"data": self.data, "model": self.model, "arm": arm, "bits": bits, "seed": self.seed,
+               "steps": args.steps, "lr": args.lr, "batch": args.batch}  # fmt: skip
         if any(all(row.get(k) == v for k, v in key.items()) for row in read(args.out)):
             return
-        if arm.startswith("uniform") and bits != int(bits):
+        if (arm.startswith("uniform") and bits != int(bits)) or (not arm.startswith("uniform") and bits == MENU[-1]):
             return
         start, model = time.perf_counter(), self.build()
         model.load_state_dict(self.float.state_dict())
@@ -131,6 +177,9 @@ class Lab:
         seconds = self.fit(model, arm, bits) if arm in TRAINED else 0.0
         if arm.startswith("baq"):
             plan = settle_bits(model)
+        if False in self.measured:
+            key["seconds_importance"] = round(self.measured[False][1], 2)
+            key["seconds_float_epoch"] = float(self.kept.with_suffix(".seconds").read_text())
         write(args.out, **key, seconds_plan=round(planned, 2), seconds_a_step=round(seconds / args.steps, 4),
               **self.judged(model.eval(), plan))  # fmt: skip
 
@@ -143,12 +192,14 @@ class Lab:
             loss, hooks = fair_loss(fairness, 0.0), [FairnessRamp(fairness)]
         if arm == "baq":
             hooks.append(LearnBits(bits))
-        if arm == "baq_head":
+        if arm in ("baq_v1", "baq_head"):
             plain, released = loss, [q for q in model.modules() if isinstance(q, ReleasedBits)]
             loss = lambda net, batch: plain(net, batch) + sum(q.penalty() for q in released)  # noqa: E731
         config = FitConfig(max_steps=args.steps, lr=args.lr, weight_decay=0.01, optimizer="adamw", clip=1.0,
                            seed=self.seed, progress=False)  # fmt: skip
-        return fit(model, Batches(WithGroups(self.train), 64, seed=self.seed), loss, config, hooks=hooks).seconds
+        return fit(
+            model, Batches(WithGroups(self.train), args.batch, seed=self.seed), loss, config, hooks=hooks
+        ).seconds
 
     def judged(self, model: nn.Module, plan: Plan) -> dict[str, Any]:
         """Return metrics of the whole, of each group, and of what was lost; and the bits."""
@@ -166,23 +217,22 @@ class Lab:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return by data, bits and arm: accuracy, worst group, the most that a group lost, odds; mean and spread."""
-    cells: dict[tuple[str, float, str], list[dict[str, Any]]] = defaultdict(list)
+    cells: dict[tuple[str, str, float, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        cells[row["data"], row["bits"], row["arm"]].append(row)
-    lines = [
-        "| data | bits | arm | accuracy | worst group | largest loss of a group | odds | mean bits |",
-        "| --- " * 8 + "|",
-    ]
-    for (data, bits, arm), found in sorted(cells.items(), key=lambda c: (c[0][0], c[0][1], ARMS.index(c[0][2]))):
+        cells[row["data"], row["model"], row["bits"], row["arm"]].append(row)
+    lines = ["| data | model | bits | arm | accuracy | worst group | largest loss of a group | odds | mean bits |",
+             "| --- " * 9 + "|"]  # fmt: skip
+    for data, model in dict.fromkeys((row["data"], row["model"]) for row in rows):
+        seeds = {row["seed"]: row["float"] for row in rows if (row["data"], row["model"]) == (data, model)}
+        told = [spread([f[name] for f in seeds.values()]) for name in ("acc", "acc_worst")]
+        odds = spread([f["eodd_sum"] for f in seeds.values()], 3)
+        lines.append(f"| {data} | {model} | 32 | float | {' | '.join(told)} | | {odds} | |")
+    for (data, model, bits, arm), found in sorted(cells.items(), key=lambda c: (*c[0][:3], ARMS.index(c[0][3]))):
         worst = [-min(change["change"] for change in row["changes"].values()) for row in found]
         told = [spread([row["metrics"][name] for row in found]) for name in ("acc", "acc_worst")]
         told += [spread(worst), spread([row["metrics"]["eodd_sum"] for row in found], 3)]
         mean = statistics.mean(row["average_bits"] for row in found)
-        lines.append(f"| {data} | {bits:g} | {arm} | {' | '.join(told)} | {mean:.2f} |")
-    for data in dict.fromkeys(row["data"] for row in rows):
-        seeds = {row["seed"]: row["float"] for row in rows if row["data"] == data}
-        told = [spread([f[name] for f in seeds.values()]) for name in ("acc", "acc_worst")]
-        lines.append(f"| {data} | 32 | float | {' | '.join(told)} | | | |")
+        lines.append(f"| {data} | {model} | {bits:g} | {arm} | {' | '.join(told)} | {mean:.2f} |")
     return "\n".join(lines)
 
 
@@ -199,10 +249,12 @@ def main() -> None:
     add("--out", type=Path, default=Path("docs/results/fairquant.jsonl"))
     add("--cache", type=Path, default=Path("runs/fairquant"))
     add("--data", nargs="+", default=list(DATA), choices=list(DATA))
+    add("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     add("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     add("--bits", nargs="+", type=float, default=[2, 2.5, 3, 4, 5, 8])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--steps", type=int, default=200)
+    add("--steps", type=int, default=60)
+    add("--batch", type=int, default=64)
     add("--lr", type=float, default=1e-3)
     add("--mode", default="gap_sg", help="of the fairness term")
     add("--group-examples", type=int, default=256)
@@ -214,11 +266,13 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     for data in args.data:
-        for seed in args.seeds:
-            lab = Lab(args, data, seed)
-            for bits in args.bits:
-                for arm in args.arms:
-                    lab.compare(arm, bits)
+        for model in args.models:
+            for seed in args.seeds:
+                if model in DATA[data]["epochs"]:
+                    lab = Lab(args, data, model, seed)
+                    for bits in args.bits:
+                        for arm in args.arms:
+                            lab.compare(arm, bits)
 
 
 if __name__ == "__main__":
