@@ -72,7 +72,7 @@ class Lab:
         given = RECIPES[name]
         self.recipe = read_recipe(Path(given) if given.endswith(".yaml") else find(given))
         self.task = load_task(self.recipe)
-        self.weights = args.cache / name / "steps" / "float.pt"
+        self.weights = Path(getattr(args, "cache", "runs/q2")) / name / "steps" / "float.pt"
 
     def train_float(self) -> None:
         """Train the float model by its recipe, unless that is done; the rest of the run is cut short."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import PlanError, QuantizationError
+from fewbits.layers.channel_norm import channel_norm
 
 MODES = ("controller", "fixed", "learned", "off")
 ENERGIES = ("rms", "l2")
@@ -141,6 +142,8 @@ class BalancedFusion(nn.Module):
         wide = h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
         if self.constant:
             return ((wide - self.mu) / self.sigma).to(h.dtype)
+        if self.training:
+            return channel_norm(wide, self.axis, self.settings.norm_eps).to(h.dtype)
         mean, std = self.statistics(wide)
         return ((wide - mean) / std).to(h.dtype)
 

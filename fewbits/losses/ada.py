@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fewbits.errors import TrainingError
+from fewbits.layers.channel_norm import parts
 from fewbits.quantizers import Quantizer
 
 CHOICES = {"divergence": ("js", "kl"), "teacher_r": ("student", "zero"), "reduction": ("sum", "mean")}
@@ -61,21 +64,29 @@ class AttentionAlignment:
         teacher, student = _wide(teacher.detach()), _wide(student)
         with torch.no_grad():
             spread = step_of(quantizer, student)
-            error = (student - quantizer(student)).abs() / (spread + self.kappa)
-            other = torch.zeros_like(error)
-            if self.teacher_r == "student":
-                other = (teacher - quantizer(teacher)).abs() / (spread + self.kappa)
-            target = attention(self.scores(teacher, other))
-        mine = attention(self.scores(student, error))
-        each = DIVERGENCES[self.divergence](target, mine)
+            given = quantizer(student), quantizer(teacher) if self.teacher_r == "student" else teacher
+        spread = spread.expand(*student.shape[:2], *[1] * (student.ndim - 2))
+        flat = (x.flatten(2) for x in (student, teacher, *given, spread))
+        each: Tensor = Divergence.apply(*flat, self)
         return (each.sum(1) if self.reduction == "sum" else each.mean(1)).mean()
 
-    def scores(self, x: Tensor, error: Tensor) -> Tensor:
-        """Return S = log(1 + z^2) + gamma log(1 + r^2), eq. 14-15; error: r, of the shape of x."""
-        places = tuple(range(2, x.ndim))
-        std, mean = torch.std_mean(x, places, unbiased=False, keepdim=True)
-        z = (x - mean) / (std + self.kappa)
-        return torch.log1p(z * z) + self.gamma * torch.log1p(error * error)
+    def attended(self, x: Tensor, quantized: Tensor, spread: Tensor) -> Attended:
+        """Return the attention maps of features [N, C, places] and what their gradient needs; eq. 14-15.
+
+        quantized: the features as quantized; spread: the step, to broadcast.
+
+        The map is sigmoid(S) over its sum, S = log(1 + z^2) + gamma log(1 + r^2), so with o = e^S it is o / (1 + o),
+        which takes neither a logarithm nor an exponential where gamma is 1.
+        """
+        centred = x - x.mean(2, keepdim=True)
+        std = (centred * centred).mean(2, keepdim=True).sqrt_()
+        z = centred / (std + self.kappa)
+        salient = (z * z).add_(1)
+        error = (x - quantized).div_(spread + self.kappa).square_().add_(1)
+        odds = (error if self.gamma == 1 else error.pow_(self.gamma)).mul_(salient)
+        rest = (odds + 1).reciprocal_()
+        shares = odds.mul_(rest)
+        return Attended(shares.div_(shares.sum(2, keepdim=True)), rest, z, salient, std)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -90,21 +101,74 @@ def step_of(quantizer: Quantizer, x: Tensor) -> Tensor:
     return step.to(x).reshape(-1, *[1] * (x.ndim - 2))
 
 
-def attention(scores: Tensor) -> Tensor:
-    """Return sigmoid(scores) [N, C, ...] as distributions over places, [N, C, places]."""
-    a = torch.sigmoid(scores).flatten(2)
-    return a / a.sum(2, keepdim=True)
+class Attended(NamedTuple):
+    """Attention maps: shares [N, C, places], which sum to 1; rest: 1 - sigmoid(S); z; salient: 1 + z^2; std."""
+
+    shares: Tensor
+    rest: Tensor
+    z: Tensor
+    salient: Tensor
+    std: Tensor
 
 
-def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
-    """Return the Jensen-Shannon divergence of distributions [N, C, places], [N, C]; at most ln 2."""
-    middle = ((p + q) / 2).log()
-    return ((p * (p.log() - middle)).sum(2) + (q * (q.log() - middle)).sum(2)) / 2
+class Divergence(torch.autograd.Function):
+    """Divergence of the student's attention maps from the teacher's, [N, C], eq. 16, with its gradient in closed form.
+
+    Inputs: features of student and teacher [N, C, places], both as quantized, the step [N, C, 1], and the settings. A
+    CPU takes a few images at a time, so that what is worked on stays in the cache; the gradient is found on the way
+    forward, and is all that is kept. With P and R the maps, the gradient of S is (R - P) (1 - sigmoid(S)) for
+    Kullback-Leibler, and for Jensen-Shannon (l - sum(l R)) R (1 - sigmoid(S)), l = log(R / M) / 2; that of the features
+    follows as in an instance norm, through z.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, own: Tensor, other: Tensor, step: Tensor, rules: AttentionAlignment
+    ) -> Tensor:
+        """Return the divergences."""
+        value, gradient = student.new_empty(student.shape[:2]), torch.empty_like(student.detach())
+        for x, t, xq, tq, s, v, g in parts(student, teacher, own, other, step, value, gradient):
+            mine = rules.attended(x, xq, s)
+            v[:], by_scores = DIVERGENCES[rules.divergence](rules.attended(t, tq, s).shares, mine.shares)
+            g[:] = _through_z(by_scores.mul_(mine.rest), mine, rules.kappa)
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the student's features."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.unsqueeze(2), None, None, None, None, None
 
 
-def kullback_leibler(p: Tensor, q: Tensor) -> Tensor:
-    """Return KL(p || q) of distributions [N, C, places], [N, C]."""
-    return (p * (p.log() - q.log())).sum(2)
+def _through_z(grad: Tensor, mine: Attended, kappa: float) -> Tensor:
+    """Return the gradient of the features from that of S = log(1 + z^2) + .., z = (x - mean) / (std + kappa)."""
+    grad.mul_(mine.z).mul_(2).div_(mine.salient)
+    wide = mine.std + kappa
+    along = (grad * mine.z).mean(2, keepdim=True).mul_(wide / mine.std.clamp_min(torch.finfo(grad.dtype).tiny))
+    return grad.sub_(grad.mean(2, keepdim=True)).sub_(mine.z * along).div_(wide)
 
 
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"js": jensen_shannon, "kl": kullback_leibler}
+def jensen_shannon(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Jensen-Shannon divergence of distributions [.., places], [..], at most ln 2, and its gradient by the
+    logarithms of q's unnormalized shares.
+    """
+    middle = (p + q) / 2
+    mine = (q / middle).log_()
+    own = (mine * q).sum(-1, keepdim=True)
+    value = ((p * (p / middle).log_()).sum(-1) + own.squeeze(-1)) / 2
+    return value, mine.sub_(own).mul_(q).div_(2)
+
+
+def kullback_leibler(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(p || q) of distributions [.., places], [..], and its gradient by the logarithms of q's unnormalized
+    shares.
+    """
+    return (p * (p / q).log_()).sum(-1), q - p
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "js": jensen_shannon,
+    "kl": kullback_leibler,
+}

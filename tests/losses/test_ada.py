@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import TrainingError
+from fewbits.layers import channel_norm
 from fewbits.losses import AttentionAlignment
-from fewbits.losses.ada import attention, jensen_shannon, kullback_leibler, step_of
+from fewbits.losses.ada import jensen_shannon, kullback_leibler, step_of
 from fewbits.plan import TensorPlan
 from fewbits.quantizers import Quantizer, make_quantizer
 
@@ -68,25 +69,73 @@ def test_gradients_go_to_the_students_features_only(name: str) -> None:
 
 
 def test_a_larger_error_at_one_place_raises_attention_there() -> None:
-    ada, x = AttentionAlignment(), features()
-    error = torch.zeros_like(x)
-    before = attention(ada.scores(x, error))
-    error[1, 2, 3, 4] = 2.0
-    after = attention(ada.scores(x, error))
-    place = 3 * 8 + 4
-    assert float(after[1, 2, place]) > float(before[1, 2, place])
-    others = [i for i in range(56) if i != place]
+    ada, x, step = AttentionAlignment(), features().flatten(2), torch.ones(3, 6, 1)
+    before = ada.attended(x, x, step).shares
+    quantized = x.clone()
+    quantized[1, 2, 28] += 2.0
+    after = ada.attended(x, quantized, step).shares
+    assert float(after[1, 2, 28]) > float(before[1, 2, 28])
+    others = [i for i in range(56) if i != 28]
     assert bool((after[1, 2, others] < before[1, 2, others]).all())
     torch.testing.assert_close(after.sum(2), torch.ones(3, 6))
 
 
+def by_definition(ada: AttentionAlignment, teacher: Tensor, student: Tensor, q: Quantizer) -> Tensor:
+    """The loss as eq. 13-16 write it, its gradient by autograd."""
+    step = step_of(q, student)
+
+    def shares(x: Tensor, error: Tensor) -> Tensor:
+        z = (x - x.mean((2, 3), keepdim=True)) / (x.std((2, 3), unbiased=False, keepdim=True) + ada.kappa)
+        r = error.detach() / (step + ada.kappa)
+        a = torch.sigmoid(torch.log1p(z**2) + ada.gamma * torch.log1p(r**2)).flatten(2)
+        return a / a.sum(2, keepdim=True)
+
+    other = teacher - q(teacher) if ada.teacher_r == "student" else torch.zeros_like(teacher)
+    p, r = shares(teacher, other).detach(), shares(student, student - q(student))
+    middle = (p + r) / 2
+    kl = (p * (p / r).log()).sum(2)
+    js = ((p * (p / middle).log()).sum(2) + (r * (r / middle).log()).sum(2)) / 2
+    each = kl if ada.divergence == "kl" else js
+    return (each.sum(1) if ada.reduction == "sum" else each.mean(1)).mean()
+
+
+@pytest.mark.parametrize("part", [1, 1 << 18])
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("teacher_r", ["student", "zero"])
+@pytest.mark.parametrize("divergence", ["js", "kl"])
+def test_loss_and_gradient_are_those_of_the_definition(
+    divergence: str, teacher_r: str, gamma: float, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_norm, "PART", part)
+    ada = AttentionAlignment(divergence, teacher_r, gamma)
+    for q in (quantizer(), quantizer(granularity="channel"), quantizer("denoise")):
+        teacher, student = features().double(), features(2).double()
+        found = []
+        for loss in (ada.loss, lambda *given: by_definition(ada, *given)):
+            x = student.clone().requires_grad_()
+            value = loss(teacher, x, q.double())
+            value.backward()  # type: ignore[no-untyped-call]
+            found.append((value.detach(), x.grad))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-7, atol=1e-12)
+
+
+def test_a_channel_of_one_value_has_a_finite_gradient() -> None:
+    q, x = quantizer(), features(2)
+    x[:, 1] = 0.25
+    x.requires_grad_()
+    AttentionAlignment("kl").loss(features(), x, q).backward()
+    assert x.grad is not None and bool(torch.isfinite(x.grad).all())
+
+
 def test_divergences_against_their_definition() -> None:
     p, q = (torch.softmax(torch.randn(2, 3, 9, dtype=torch.float64), 2) for _ in range(2))
-    torch.testing.assert_close(kullback_leibler(p, q), torch.nn.functional.kl_div(q.log(), p, reduction="none").sum(2))
+    torch.testing.assert_close(
+        kullback_leibler(p, q)[0], torch.nn.functional.kl_div(q.log(), p, reduction="none").sum(2)
+    )
     middle = (p + q) / 2
-    half = (kullback_leibler(p, middle) + kullback_leibler(q, middle)) / 2
-    torch.testing.assert_close(jensen_shannon(p, q), half)
-    apart = jensen_shannon(torch.tensor([[[1 - 1e-9, 1e-9]]]), torch.tensor([[[1e-9, 1 - 1e-9]]]))
+    half = (kullback_leibler(p, middle)[0] + kullback_leibler(q, middle)[0]) / 2
+    torch.testing.assert_close(jensen_shannon(p, q)[0], half)
+    apart, _ = jensen_shannon(torch.tensor([[[1 - 1e-9, 1e-9]]]), torch.tensor([[[1e-9, 1 - 1e-9]]]))
     assert float(apart) == pytest.approx(math.log(2), rel=1e-4)
 
 
