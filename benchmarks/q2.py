@@ -105,7 +105,7 @@ class Lab:
         """Do one run, unless it is done."""
         args = self.args
         key = {"task": self.name, "arm": arm, "width": width, "base": base, "seed": seed, "steps": args.steps,
-               "lr": args.lr}  # fmt: skip
+               "lr": args.lr, "batch": args.batch}  # fmt: skip
         if any(all(row.get(k) == v for k, v in key.items()) for row in read(args.out)):
             return
         model, teacher = self.float_model(), self.float_model()
@@ -137,7 +137,7 @@ class Lab:
         hooks: list[Hook] = [watch, *([BalanceFusion()] if fusion_nodes(model) else [])]
         config = FitConfig(max_steps=args.steps, lr=args.lr, weight_decay=0.0, optimizer="adamw", clip=given.clip,
                            seed=seed, progress=False)  # fmt: skip
-        batches = Batches(self.task.train, given.batch_size, seed=seed)
+        batches = Batches(self.task.train, args.batch, seed=seed)
         done = fit(model, batches, loss, config, hooks=hooks)
         return {"curve": watch.curve, "log_ratios": watch.ratios, "gains": gains(model), "end": self.score(model),
                 "seconds_a_step": round((done.seconds - watch.seconds) / args.steps, 4)}  # fmt: skip
@@ -220,7 +220,8 @@ def main() -> None:
     add("--widths", nargs="+", default=list(WIDTHS))
     add("--bases", nargs="+", default=["lsq", "pact"], choices=list(BASES))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--steps", type=int, default=150)
+    add("--steps", type=int, default=120)
+    add("--batch", type=int, default=8)
     add("--points", type=int, default=6, help="measurements on the way")
     add("--lr", type=float, default=1e-3)
     add("--threads", type=int, default=1)
