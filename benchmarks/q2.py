@@ -9,6 +9,7 @@ measured ``--points`` times on the way on the images that are not trained on, fo
     controller    + gains by the controller
     q2            + attention alignment (KL)
     ada           attention alignment alone
+    gains         gains by the controller, without norms
     fixed2, fixed4, fixed8  + norms, the shallow branch times so much
     learned       + norms, gains trained by the loss (version 1 of the paper)
     float         the float model trained on, and float_controller the same with balanced nodes
@@ -36,6 +37,7 @@ import fewbits as fb
 from benchmarks.cifar10_qat import read, write
 from fewbits.deploy import fold_and_measure
 from fewbits.layers import FusionSettings, balance_fusion, fusion_nodes, settle_fusion
+from fewbits.layers.settle import reestimate_batch_norms
 from fewbits.recipes.fusing import aligned
 from fewbits.recipes.planning import make_plan
 from fewbits.recipes.read import find
@@ -56,6 +58,7 @@ METRIC = {"nuclei": "dice", "camvid": "miou", "bccd": "map", "scenes": "miou"}
 NORM = FusionSettings(mode="fixed")
 FUSIONS: dict[str, FusionSettings | None] = {
     "qat": None, "ada": None, "ln": NORM, "controller": FusionSettings(), "q2": FusionSettings(),
+    "gains": FusionSettings(norm=False),
     "learned": FusionSettings(mode="learned"), "float": None, "float_controller": FusionSettings(),
     **{f"fixed{k}": FusionSettings(mode="fixed", gains=(1, k)) for k in (2, 4, 8)},  # deep, shallow
 }  # fmt: skip
@@ -89,6 +92,40 @@ class Lab:
         model.load_state_dict(torch.load(self.weights, weights_only=True))
         return model
 
+    def prepared(self, fusion: FusionSettings | None) -> nn.Module:
+        """Return the float model, trained on for ``--prepare`` steps: as it is, or with norms behind its nodes.
+
+        Norms change the function, and take steps to get used to; these are the same for all arms, and kept.
+        """
+        norms, model = fusion is not None and fusion.norm, self.float_model()
+        kind = "norms" if norms else "plain"
+        kept = self.args.cache / self.name / f"prepared_{kind}_{self.args.prepare}x{self.args.batch}.pt"
+        if not kept.exists():
+            self.prepare(kept, norms)
+        if fusion is not None:
+            balance_fusion(model, self.task.sample(2), "auto", fusion)
+        model.load_state_dict(torch.load(kept, weights_only=True), strict=False)  # gains are those of the arm
+        if fusion is not None and not norms:  # equal gains are a factor, which the batch norms have yet to know of
+            reestimate_batch_norms(model, self.task.calibration(self.recipe))
+        return model.eval()
+
+    def prepare(self, file: Path, norms: bool) -> None:
+        """Train the float model on, and keep its weights."""
+        args, model = self.args, self.float_model()
+        if norms:
+            balance_fusion(model, self.task.sample(2), "auto", NORM)
+            settle_fusion(model, self.task.calibration(self.recipe))
+        if args.prepare:
+            config = FitConfig(max_steps=args.prepare, lr=args.lr, weight_decay=0.0, optimizer="adamw", clip=self.clip,
+                               progress=False)  # fmt: skip
+            fit(model, Batches(self.task.train, args.batch, seed=0), self.task.loss(), config)
+        torch.save({name: v for name, v in model.state_dict().items() if "fusions." not in name}, file)
+
+    @property
+    def clip(self) -> float | None:
+        """Where gradients are clipped."""
+        return None if self.recipe.qat is None else self.recipe.qat.clip
+
     def planned(self, width: str, base: str) -> Recipe:
         """Return the recipe with these bits and quantizers."""
         weight, inputs = WIDTHS[width]
@@ -105,14 +142,11 @@ class Lab:
         """Do one run, unless it is done."""
         args = self.args
         key = {"task": self.name, "arm": arm, "width": width, "base": base, "seed": seed, "steps": args.steps,
-               "lr": args.lr, "batch": args.batch}  # fmt: skip
+               "lr": args.lr, "batch": args.batch, "prepare": args.prepare}  # fmt: skip
         if any(all(row.get(k) == v for k, v in key.items()) for row in read(args.out)):
             return
-        model, teacher = self.float_model(), self.float_model()
         batches, fusion = self.task.calibration(self.recipe), FUSIONS[arm]
-        if fusion is not None:
-            balance_fusion(model, self.task.sample(2), "auto", fusion)
-            settle_fusion(model, batches)
+        model, teacher = self.prepared(fusion), self.float_model()
         if not arm.startswith("float"):
             recipe = self.planned(width, base)
             plan = make_plan(model, recipe, self.task.sample(1), self.task.sensitivity(recipe), self.task.loss())
@@ -135,7 +169,7 @@ class Lab:
             loss = aligned(loss, model, teacher, Alignment(taps=taps, options={"divergence": "kl"}))
         watch = Watch(self, max(1, args.steps // args.points))
         hooks: list[Hook] = [watch, *([BalanceFusion()] if fusion_nodes(model) else [])]
-        config = FitConfig(max_steps=args.steps, lr=args.lr, weight_decay=0.0, optimizer="adamw", clip=given.clip,
+        config = FitConfig(max_steps=args.steps, lr=args.lr, weight_decay=0.0, optimizer="adamw", clip=self.clip,
                            seed=seed, progress=False)  # fmt: skip
         batches = Batches(self.task.train, args.batch, seed=seed)
         done = fit(model, batches, loss, config, hooks=hooks)
@@ -216,12 +250,17 @@ def main() -> None:
     add("--out", type=Path, default=Path("docs/results/q2.jsonl"))
     add("--cache", type=Path, default=Path("runs/q2"))
     add("--tasks", nargs="+", default=["nuclei", "bccd", "camvid"], choices=list(RECIPES))
-    add("--arms", nargs="+", default=["qat", "ln", "controller", "q2", "ada", "fixed2", "fixed4", "fixed8", "learned"])
+    add(
+        "--arms",
+        nargs="+",
+        default=["qat", "ln", "controller", "q2", "ada", "gains", "fixed2", "fixed4", "fixed8", "learned"],
+    )
     add("--widths", nargs="+", default=list(WIDTHS))
     add("--bases", nargs="+", default=["lsq", "pact"], choices=list(BASES))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--steps", type=int, default=120)
     add("--batch", type=int, default=8)
+    add("--prepare", type=int, default=300, help="float steps before, with norms where the arm has them")
     add("--points", type=int, default=6, help="measurements on the way")
     add("--lr", type=float, default=1e-3)
     add("--threads", type=int, default=1)
