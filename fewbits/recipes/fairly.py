@@ -60,14 +60,14 @@ def groups_of(examples: Any) -> Tensor:
 def check_groups(task: Task[Any], recipe: Recipe) -> None:
     """Raise RecipeError, before anything is trained, where a recipe asks for groups that its data do not have."""
     if recipe.evaluate.groups is not None:
-        test_groups(task, recipe.evaluate.groups)
+        groups_of_images(task, recipe.evaluate.groups)
     elif recipe.evaluate.guard_worst_group is not None:
         groups_of(task.test)
     if recipe.fairness is not None or recipe.plan.method == "fair":
         groups_of(task.train)
 
 
-def test_groups(task: Task[Any], file: str) -> tuple[Tensor, tuple[str, ...]]:
+def groups_of_images(task: Task[Any], file: str) -> tuple[Tensor, tuple[str, ...]]:
     """Return the groups of the test images by a table, and their names. Raises RecipeError, DataError."""
     if not getattr(task.test, "names", ()):
         raise RecipeError(
@@ -122,9 +122,9 @@ def group_entry(task: Task[Any], original: nn.Module, model: nn.Module, rules: E
     """
     nets = {"float": original, "quantized": model}
     if rules.groups is not None:
-        found = _by_table(task, nets, rules.groups, rules.batch_size)
+        found = _of_images(task, nets, rules.groups, rules.batch_size)
     elif getattr(task.test, "groups", None) is not None:
-        found = _by_class(task, nets, rules.batch_size)
+        found = _of_classifier(task, nets, rules.batch_size)
     else:
         return None
     changes = found["changes"]
@@ -132,7 +132,7 @@ def group_entry(task: Task[Any], original: nn.Module, model: nn.Module, rules: E
     return {**found, "worst_change": {"group": name, "change": change}, "verdict": verdict(changes)}
 
 
-def _by_class(task: Task[Any], nets: Mapping[str, nn.Module], batch_size: int) -> dict[str, Any]:
+def _of_classifier(task: Task[Any], nets: Mapping[str, nn.Module], batch_size: int) -> dict[str, Any]:
     """Return accuracy, gaps and odds of a classifier by group."""
     test = task.test
     given = {"labels": test.labels, "groups": test.groups, "classes": len(test.classes), "names": test.group_names}
@@ -145,9 +145,9 @@ def _by_class(task: Task[Any], nets: Mapping[str, nn.Module], batch_size: int) -
     }
 
 
-def _by_table(task: Task[Any], nets: Mapping[str, nn.Module], file: str, batch_size: int) -> dict[str, Any]:
+def _of_images(task: Task[Any], nets: Mapping[str, nn.Module], file: str, batch_size: int) -> dict[str, Any]:
     """Return the task's metric of each group of images; it is no mean over images, so changes have no interval."""
-    groups, names = test_groups(task, file)
+    groups, names = groups_of_images(task, file)
     parts = {name: task.test.select((groups == i).nonzero().flatten()) for i, name in enumerate(names)}
     found: dict[str, Any] = {"metric": task.accuracy}
     for form, net in nets.items():
