@@ -9,6 +9,8 @@ measured ``--points`` times on the way on the images that are not trained on, fo
     controller    + gains by the controller
     q2            + attention alignment (KL)
     ada           attention alignment alone
+    ada_strong, q2_strong   ada and q2 with the weight at which the alignment's gradient is RATIO of the task's
+    q2_fixed      q2_strong, constant norms for the last FIXED of the steps
     gains         gains by the controller, without norms
     fixed2, fixed4, fixed8  + norms, the shallow branch times so much
     learned       + norms, gains trained by the loss (version 1 of the paper)
@@ -24,6 +26,7 @@ One JSON line a finished run; finished runs are skipped.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections import defaultdict
@@ -35,9 +38,10 @@ from torch import nn
 
 import fewbits as fb
 from benchmarks.cifar10_qat import read, write
-from fewbits.deploy import fold_and_measure
+from fewbits.deploy import fix_fusion, fold_and_measure
 from fewbits.layers import FusionSettings, balance_fusion, fusion_nodes, settle_fusion
 from fewbits.layers.settle import reestimate_batch_norms
+from fewbits.losses import AttentionAlignment, Taps
 from fewbits.recipes.fusing import aligned
 from fewbits.recipes.planning import make_plan
 from fewbits.recipes.read import find
@@ -58,11 +62,14 @@ METRIC = {"nuclei": "dice", "camvid": "miou", "bccd": "map", "scenes": "miou"}
 NORM = FusionSettings(mode="fixed")
 FUSIONS: dict[str, FusionSettings | None] = {
     "qat": None, "ada": None, "ln": NORM, "controller": FusionSettings(), "q2": FusionSettings(),
+    "ada_strong": None, "q2_strong": FusionSettings(), "q2_fixed": FusionSettings(), "ln_fixed": NORM,
     "gains": FusionSettings(norm=False),
     "learned": FusionSettings(mode="learned"), "float": None, "float_controller": FusionSettings(),
     **{f"fixed{k}": FusionSettings(mode="fixed", gains=(1, k)) for k in (2, 4, 8)},  # deep, shallow
 }  # fmt: skip
-ALIGNED = ("q2", "ada")
+ALIGNED = ("q2", "ada", "q2_strong", "ada_strong", "q2_fixed")
+FIXED = 0.5
+RATIO = 0.2  # at the tapped features, on the first batch
 WIDTHS = {"W4A4": (4, 4), "W3A3": (3, 3), "W2A4": (2, 4)}
 BASES = {"lsq": ("lsq", "lsq"), "pact": ("lsq", "pact"), "denoise": ("lsq", "denoise")}  # weights, inputs
 
@@ -166,15 +173,34 @@ class Lab:
         loss = self.task.loss(given.label_smoothing)
         if arm in ALIGNED:
             taps = TAPS.get(self.name) or (self.recipe.alignment and self.recipe.alignment.taps)
-            loss = aligned(loss, model, teacher, Alignment(taps=taps, options={"divergence": "kl"}))
+            weight = AttentionAlignment().weight
+            if arm in ("q2_strong", "ada_strong", "q2_fixed"):
+                weight *= RATIO / self.gradient_ratio(model, teacher, taps)
+            options = {"divergence": "kl", "weight": weight}
+            loss = aligned(loss, model, teacher, Alignment(taps=taps, options=options))
         watch = Watch(self, max(1, args.steps // args.points))
-        hooks: list[Hook] = [watch, *([BalanceFusion()] if fusion_nodes(model) else [])]
+        hooks: list[Hook] = [watch]
+        if arm.endswith("_fixed"):
+            batches = self.task.calibration(self.recipe)
+            hooks.append(BalanceFusion(fix=functools.partial(fix_fusion, batches=batches), fix_at=1 - FIXED))
+        elif fusion_nodes(model):
+            hooks.append(BalanceFusion())
         config = FitConfig(max_steps=args.steps, lr=args.lr, weight_decay=0.0, optimizer="adamw", clip=self.clip,
                            seed=seed, progress=False)  # fmt: skip
         batches = Batches(self.task.train, args.batch, seed=seed)
         done = fit(model, batches, loss, config, hooks=hooks)
         return {"curve": watch.curve, "log_ratios": watch.ratios, "gains": gains(model), "end": self.score(model),
                 "seconds_a_step": round((done.seconds - watch.seconds) / args.steps, 4)}  # fmt: skip
+
+    def gradient_ratio(self, model: nn.Module, teacher: nn.Module, names: Any) -> float:
+        """Return the norm of the alignment's gradient over that of the task's, at the tapped features of a batch."""
+        batch = self.task.train.gather(range(self.args.batch), torch.Generator().manual_seed(0))
+        with Taps(model.train(), teacher, names) as taps:
+            task = self.task.loss()(model, batch)
+            taps.teach(batch[0])
+            found = taps.gradient_ratio(taps.loss(AttentionAlignment("kl")), task)
+        model.eval()
+        return found
 
 
 class Watch(Hook):

@@ -63,6 +63,22 @@ def calibrate_fusion(model: nn.Module, batches: Iterable[Any]) -> dict[str, tupl
     return {name: (float(nodes[name].mu), float(nodes[name].sigma)) for name in found}
 
 
+def fix_fusion(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Put constants in the place of each node's mean and std while the model is still trained, in place.
+
+    The weights then settle for the function that is deployed, and folding costs nothing more. The steps of the input
+    quantizers behind the nodes stay from now on, so that mu stays a whole number of them. Arguments and errors: as of
+    ``calibrate_fusion``; a second call changes nothing.
+    """
+    kept = list(batches)
+    calibrate_fusion(model, kept)
+    for consumers in find_consumers(model, kept[0]).values():
+        for name in consumers.layers:
+            quantizer: Any = getattr(model.get_submodule(name), "input_quantizer", None)
+            if _static(quantizer):
+                quantizer.requires_grad_(False)
+
+
 def _snapped(model: nn.Module, node: BalancedFusion, consumers: Consumers, mean: float) -> Tensor:
     """Return the mean in whole steps of the finest quantizer behind the node; as it is where there is none."""
     mu = torch.tensor(mean, device=node.mu.device)
