@@ -67,16 +67,20 @@ def fix_fusion(model: nn.Module, batches: Iterable[Any]) -> None:
     """Put constants in the place of each node's mean and std while the model is still trained, in place.
 
     The weights then settle for the function that is deployed, and folding costs nothing more. The steps of the input
-    quantizers behind the nodes stay from now on, so that mu stays a whole number of them. Arguments and errors: as of
-    ``calibrate_fusion``; a second call changes nothing.
+    quantizers behind a node stay from now on, so that mu stays a whole number of them; several layers behind one node
+    go on with the step of the first. Arguments and errors: as of ``calibrate_fusion``; a second call changes nothing.
     """
     kept = list(batches)
-    calibrate_fusion(model, kept)
+    if not kept:
+        raise QuantizationError("fix_fusion needs at least one batch, got none")
     for consumers in find_consumers(model, kept[0]).values():
-        for name in consumers.layers:
-            quantizer: Any = getattr(model.get_submodule(name), "input_quantizer", None)
-            if _static(quantizer):
-                quantizer.requires_grad_(False)
+        behind: list[Any] = [getattr(model.get_submodule(n), "input_quantizer", None) for n in consumers.layers]
+        static = [quantizer for quantizer in behind if _static(quantizer)]
+        for quantizer in static:
+            if quantizer.plan == static[0].plan:
+                quantizer.load_state_dict(static[0].state_dict())
+            quantizer.requires_grad_(False)
+    calibrate_fusion(model, kept)
 
 
 def _snapped(model: nn.Module, node: BalancedFusion, consumers: Consumers, mean: float) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from fewbits.cost import model_shape
-from fewbits.deploy import align_biases, code_mismatches, fold_fusion, load, pack, save, verify
+from fewbits.deploy import align_biases, code_mismatches, fix_fusion, fold_fusion, load, pack, save, verify
 from fewbits.deploy.onnx_export import export_float, export_onnx
 from fewbits.layers import balance_fusion, calibrate, quantize, settle_bits, settle_fusion
 from fewbits.plan import Plan
@@ -156,7 +156,7 @@ class _Run:
                 plain = self.task.loss(qat.label_smoothing)
                 loss = aligned(plain, self.model, copy.deepcopy(teacher), self.recipe.alignment)
             if self.recipe.fusion is not None:
-                hooks.append(BalanceFusion(self.recipe.fusion.freeze_at))
+                hooks.append(self.balance(self.recipe.fusion))
             if (fair := self.recipe.fairness) is not None:
                 fairness = fairness_of(self.task, fair)
                 loss, hooks = fair_loss(fairness, qat.label_smoothing), [*hooks, FairnessRamp(fairness, fair.ramp)]
@@ -165,6 +165,13 @@ class _Run:
                 hooks.append(learn_bits(self.model, learned, self.made_plan, shape))
             self.fit(qat, "train", self.folder.path, self.made_plan, loss, hooks)
         return self.trained()
+
+    def balance(self, rules: Fusion) -> BalanceFusion:
+        """Return the hook of the fusion nodes."""
+        if rules.fix_at is None:
+            return BalanceFusion(rules.freeze_at)
+        batches = self.task.calibration(self.recipe)
+        return BalanceFusion(rules.freeze_at, fix=functools.partial(fix_fusion, batches=batches), fix_at=rules.fix_at)
 
     def folded(self, rules: Fusion) -> dict[str, Any]:
         """Fold the fusion nodes into what follows them, and train on for a little; return the metrics after it."""

@@ -205,6 +205,9 @@ class Fusion(Section):
     """Further fields of `FusionSettings`, e.g. `gains`, `norm` or `eta`."""
     freeze_at: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Share of the steps of qat after which the gains stay."""
+    fix_at: Annotated[float, Field(ge=0, le=1)] | None = 0.5
+    """Share of the steps of qat after which constants stand for the norms, so that folding costs nothing more (gains
+    stay from then on, too); null: when it is folded."""
     fold: Literal["requant", "weight"] = "requant"
     """What takes the constants in: the next input quantizer (requant) or the next weight."""
     finetune_steps: NotNegative = 0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fewbits as fb
 from fewbits import LayerPlan, Plan, TensorPlan
-from fewbits.deploy import calibrate_fusion, code_mismatches, fold_and_measure, fold_fusion
+from fewbits.deploy import calibrate_fusion, code_mismatches, fix_fusion, fold_and_measure, fold_fusion
 from fewbits.deploy.verify import open_session
 from fewbits.errors import QuantizationError
 from fewbits.layers import (
@@ -198,6 +198,34 @@ def test_layers_with_steps_of_their_own_round_the_mean_to_them(factor: float) ->
         own = float(new.shift) * sigma * step
         assert abs(own - mu) <= (sigma * step / 2 if name == "d" and factor != 1 else 1e-5)
         torch.testing.assert_close(new(torch.cat(given, 1)), old((h - own) / sigma))
+
+
+def test_fixed_norms_are_folded_exactly_into_several_layers() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Conv2d(3, 4, 3, padding=1) for _ in range(2))
+            self.c, self.d = (nn.Conv2d(8, 2, 3, padding=1) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.cat([self.a(x).relu(), self.b(x[:, :, ::2, ::2]).relu().repeat(1, 1, 2, 2)], 1)
+            out: Tensor = self.c(h) - self.d(h)
+            return out
+
+    x = torch.randn(4, 3, 8, 8)
+    model = Pair()
+    balance_fusion(model, x, "auto", FIXED)
+    plan = Plan((("*", LayerPlan(TensorPlan(4, granularity="channel"), TensorPlan(3, "lsq"))),))
+    fb.calibrate(fb.quantize(model.eval(), plan, verbose=False), [x])
+    layers = quantized_layers(model)
+    with torch.no_grad():
+        layers["d"].input_quantizer.scale.mul_(1.3)  # type: ignore[union-attr, operator]
+        fix_fusion(model, [x])
+        want = model(x)
+        assert fold_fusion(model, [x]) == {"cat0": "requant into c, requant into d"}
+        assert torch.equal(model(x), want)
+    with pytest.raises(QuantizationError, match="fix_fusion needs at least one batch"):
+        fix_fusion(model, [])
 
 
 def test_learned_thresholds_take_a_fusion_in_and_leave_no_operator(tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fewbits as fb
+from fewbits.deploy import fix_fusion
 from fewbits.layers import balance_fusion, fusion_nodes
+from fewbits.plan import LayerPlan, Plan, TensorPlan
 from fewbits.train import BalanceFusion, Batches, FitConfig, Hook, TrainState, fit
 
 
@@ -54,17 +59,27 @@ class StopAt(Hook):
 
 
 def train(
-    out: Path | None, stop_at: int | None = None, resume: bool = False, batch: int = 8, freeze_at: float = 0.9
+    out: Path | None,
+    stop_at: int | None = None,
+    resume: bool = False,
+    batch: int = 8,
+    freeze_at: float = 0.9,
+    fix_at: float | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> nn.Module:
-    """Train twenty steps of two batches each; return the model."""
+    """Train twenty steps of two batches each; return the model. fix_at: at 4 bits, with constants from there on."""
     torch.manual_seed(5)
-    model = Fused()
+    model, fix = Fused(), None
     balance_fusion(model, torch.zeros(1, 3, 8, 8))
+    if fix_at is not None:
+        four = LayerPlan(TensorPlan(4, granularity="channel"), TensorPlan(4, "lsq"))
+        fb.calibrate(fb.quantize(model, Plan((("*", four),)), verbose=False), [Scenes().x])
+        fix = functools.partial(fix_fusion, batches=[Scenes().x])
     config = FitConfig(
         max_steps=20, lr=0.05, accumulate=2, log_every=1, checkpoint_every=3, accelerator="cpu", progress=False
     )
-    hooks = [BalanceFusion(freeze_at), StopAt(stop_at)]
-    fit(model, Batches(Scenes(), batch), loss, config, out=out, hooks=hooks, resume=resume)
+    every = [BalanceFusion(freeze_at, fix=fix, fix_at=fix_at), StopAt(stop_at), *hooks]
+    fit(model, Batches(Scenes(), batch), loss, config, out=out, hooks=every, resume=resume)
     return model
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fewbits.deploy import fold_fusion
 from fewbits.errors import CheckpointError, TrainingError
-from fewbits.layers import fusion_nodes
-from fewbits.train import BalanceFusion, Batches, FitConfig, fit
+from fewbits.layers import fusion_nodes, quantized_layers
+from fewbits.train import BalanceFusion, Batches, FitConfig, Hook, TrainState, fit
 
 from . import fusion_workers, workers
 
@@ -35,6 +36,38 @@ def test_the_loop_logs_moves_freezes_and_resumes_to_the_bit(tmp_path: Path) -> N
     for name, value in whole.state_dict().items():
         other = again.state_dict()[name]
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+
+
+def test_constant_norms_for_the_end_of_training_are_what_is_folded(tmp_path: Path) -> None:
+    seen: list[tuple[bool, float, float, float]] = []
+
+    class Watch(Hook):
+        def after_step(self, state: TrainState) -> None:
+            (node,) = fusion_nodes(state.model).values()
+            step = quantized_layers(state.model)["head"].input_quantizer.step()  # type: ignore[union-attr]
+            seen.append((node.constant, float(node.mu), float(step), float(node.lam[0])))
+
+    whole = fusion_workers.train(tmp_path / "whole", fix_at=0.5, hooks=[Watch()]).eval()
+    assert [constant for constant, *_ in seen] == [False] * 10 + [True] * 10
+    assert len({step for _, _, step, _ in seen[:10]}) > 1, "the step is trained until then"
+    assert len({tuple(rest) for _, *rest in seen[10:]}) == 1, "mean, step and gains stay"
+    with pytest.raises(KeyboardInterrupt):
+        fusion_workers.train(tmp_path / "cut", fix_at=0.5, stop_at=14, hooks=[Watch()])
+    with pytest.raises(CheckpointError, match=r"started with fix_at=0\.5, now it is 0\.8"):
+        fusion_workers.train(tmp_path / "cut", fix_at=0.8, resume=True, hooks=[Watch()])
+    again = fusion_workers.train(tmp_path / "cut", fix_at=0.5, resume=True, hooks=[Watch()])
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
+    x = fusion_workers.Scenes().x
+    before = whole(x)
+    assert fold_fusion(whole, [x]) == {"cat0": "requant into head"}
+    assert torch.equal(whole(x), before)
+
+
+def test_what_fixes_the_norms_needs_a_time() -> None:
+    with pytest.raises(TrainingError, match="fix and fix_at need each other"):
+        BalanceFusion(fix_at=0.5)
+    with pytest.raises(TrainingError, match="fix_at is a share"):
+        BalanceFusion(fix=print, fix_at=1.5)
 
 
 def test_a_second_run_moves_the_gains_again() -> None:
