@@ -232,21 +232,29 @@ def gains(model: nn.Module) -> dict[str, list[float]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return by task, width, base and arm: the metric folded, its gain over plain training, cost and last log ratio."""
+    """Return a line for each task, width, base and arm, of means and deviations over seeds.
+
+    The metric before training, after it, and as deployed; its gain over plain training, in pairs; the share of the steps
+    after which plain training's best is reached; the time of a step; the largest log ratio of a node in the end.
+    """
     cells: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         cells[row["task"], row["width"], row["base"], row["arm"]].append(row)
-    lines = ["| task | width | base | arm | metric, mean ± sd | against qat, paired | steps to qat's best | step time "
-             "| log ratio |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
-    for (task, width, base, arm), found in cells.items():
+    titles = ("task", "width", "base", "arm", "seeds", "before", "trained", "deployed", "against qat",
+              "steps to its best", "step time", "log ratio")  # fmt: skip
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
+    order = list(FUSIONS)
+    for (task, width, base, arm), found in sorted(cells.items(), key=lambda c: (*c[0][:3], order.index(c[0][3]))):
         metric, plain = METRIC[task], {r["seed"]: r for r in cells.get((task, width, base, "qat"), [])}
         pairs = [(row, plain[row["seed"]]) for row in found if row["seed"] in plain]
         gain = [final(row, metric) - final(other, metric) for row, other in pairs]
         slower = [row["seconds_a_step"] / other["seconds_a_step"] for row, other in pairs]
         reached = [first_step(row, max(v for _, v in other["curve"])) / row["steps"] for row, other in pairs]
-        ratio = [abs(values[-1]) for row in found for values in row["log_ratios"].values()]
-        told = [task, width, base, arm, spread([final(r, metric) for r in found]), spread(gain, sign="+"),
-                spread(reached), spread(slower), spread(ratio)]  # fmt: skip
+        ratio = [max(abs(values[-1]) for values in row["log_ratios"].values()) for row in found if row["log_ratios"]]
+        told = [task, width, base, arm, str(len(found))]
+        told += [spread([r["start"][metric] for r in found]), spread([r["end"][metric] for r in found])]
+        told += [spread([final(r, metric) for r in found]), "" if arm == "qat" else spread(gain, sign="+")]
+        told += [spread(reached), spread(slower), spread(ratio)]
         lines.append("| " + " | ".join(told) + " |")
     return "\n".join(lines)
 
@@ -265,7 +273,9 @@ def spread(values: list[float], sign: str = "") -> str:
     """Write mean and standard deviation."""
     if not values:
         return ""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 and max(values) < float("inf") else ""
+    if max(values) == float("inf"):
+        return f"not in {sum(v == float('inf') for v in values)} of {len(values)}"
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.2f}{deviation}"
 
 
