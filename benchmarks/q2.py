@@ -234,7 +234,7 @@ def gains(model: nn.Module) -> dict[str, list[float]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return a line for each task, width, base and arm, of means and deviations over seeds.
 
-    The metric before training, after it, and as deployed; its gain over plain training, in pairs; the share of the steps
+    The metric before training, after it, and deployed; its gain over plain training, in pairs; the share of the steps
     after which plain training's best is reached; the time of a step; the largest log ratio of a node in the end.
     """
     cells: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
