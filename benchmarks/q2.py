@@ -71,7 +71,17 @@ ALIGNED = ("q2", "ada", "q2_strong", "ada_strong", "q2_fixed")
 FIXED = 0.5
 RATIO = 0.2  # at the tapped features, on the first batch
 WIDTHS = {"W4A4": (4, 4), "W3A3": (3, 3), "W2A4": (2, 4)}
-BASES = {"lsq": ("lsq", "lsq"), "pact": ("lsq", "pact"), "denoise": ("lsq", "denoise")}  # weights, inputs
+BASES: dict[str, dict[str, Any]] = {
+    "lsq": {"quantizer": "lsq", "act_quantizer": "lsq"},
+    "pact": {"quantizer": "lsq", "act_quantizer": "pact"},
+    "denoise": {"quantizer": "lsq", "act_quantizer": "denoise"},
+    "lsq_tensor": {
+        "quantizer": "lsq",
+        "act_quantizer": "lsq",
+        "granularity": "tensor",
+        "range": "minmax",
+    },  # a weak one
+}
 
 
 class Lab:
@@ -136,8 +146,7 @@ class Lab:
     def planned(self, width: str, base: str) -> Recipe:
         """Return the recipe with these bits and quantizers."""
         weight, inputs = WIDTHS[width]
-        of_weights, of_inputs = BASES[base]
-        plan = {"weight_bits": weight, "act_bits": inputs, "quantizer": of_weights, "act_quantizer": of_inputs}
+        plan = {"weight_bits": weight, "act_bits": inputs, **BASES[base]}
         return self.recipe.model_copy(update={"plan": self.recipe.plan.model_copy(update=plan)})
 
     def score(self, model: nn.Module) -> dict[str, float]:
