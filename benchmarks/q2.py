@@ -41,8 +41,7 @@ from benchmarks.cifar10_qat import read, write
 from fewbits.deploy import fix_fusion, fold_and_measure
 from fewbits.layers import FusionSettings, balance_fusion, fusion_nodes, settle_fusion
 from fewbits.layers.settle import reestimate_batch_norms
-from fewbits.losses import AttentionAlignment, Taps
-from fewbits.recipes.fusing import aligned
+from fewbits.recipes.fusing import aligned, alignment_weight
 from fewbits.recipes.planning import make_plan
 from fewbits.recipes.read import find
 from fewbits.recipes.read import read as read_recipe
@@ -182,11 +181,13 @@ class Lab:
         loss = self.task.loss(given.label_smoothing)
         if arm in ALIGNED:
             taps = TAPS.get(self.name) or (self.recipe.alignment and self.recipe.alignment.taps)
-            weight = AttentionAlignment().weight
-            if arm in ("q2_strong", "ada_strong", "q2_fixed"):
-                weight *= RATIO / self.gradient_ratio(model, teacher, taps)
-            options = {"divergence": "kl", "weight": weight}
-            loss = aligned(loss, model, teacher, Alignment(taps=taps, options=options))
+            ratio = RATIO if arm in ("q2_strong", "ada_strong", "q2_fixed") else None
+            rules = Alignment(taps=taps, options={"divergence": "kl"}, ratio=ratio)
+            if ratio is not None:
+                batch = self.task.train.gather(range(args.batch))
+                weight = alignment_weight(self.task.loss(), model, teacher, rules, batch)
+                rules = rules.model_copy(update={"options": {**rules.options, "weight": weight}})
+            loss = aligned(loss, model, teacher, rules)
         watch = Watch(self, max(1, args.steps // args.points))
         hooks: list[Hook] = [watch]
         if arm.endswith("_fixed"):
@@ -200,16 +201,6 @@ class Lab:
         done = fit(model, batches, loss, config, hooks=hooks)
         return {"curve": watch.curve, "log_ratios": watch.ratios, "gains": gains(model), "end": self.score(model),
                 "seconds_a_step": round((done.seconds - watch.seconds) / args.steps, 4)}  # fmt: skip
-
-    def gradient_ratio(self, model: nn.Module, teacher: nn.Module, names: Any) -> float:
-        """Return the norm of the alignment's gradient over that of the task's, at the tapped features of a batch."""
-        batch = self.task.train.gather(range(self.args.batch), torch.Generator().manual_seed(0))
-        with Taps(model.train(), teacher, names) as taps:
-            task = self.task.loss()(model, batch)
-            taps.teach(batch[0])
-            found = taps.gradient_ratio(taps.loss(AttentionAlignment("kl")), task)
-        model.eval()
-        return found
 
 
 class Watch(Hook):

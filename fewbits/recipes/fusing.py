@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -73,6 +74,23 @@ def fold(
 def _told(node: BalancedFusion) -> dict[str, Any]:
     gains = [float(g) for g in node.gains.detach()]
     return {"branches": list(node.branches), "gains": gains, "log_ratio": node.log_ratio()}
+
+
+def alignment_weight(loss: Loss, student: nn.Module, teacher: nn.Module, rules: Alignment, batch: Any) -> float:
+    """Return the weight at which the alignment's gradient is ``rules.ratio`` of the task's, at the tapped features.
+
+    Raises RecipeError where one of them has no gradient there.
+    """
+    assert rules.ratio is not None
+    given, trial = rules.settings(), copy.deepcopy(student).train()  # a copy: batch norms take note of what they see
+    with Taps(trial, copy.deepcopy(teacher), rules.taps) as taps:
+        task = loss(trial, batch)
+        taps.teach(batch[0])
+        found = taps.gradient_ratio(taps.loss(given), task)
+    if not 0 < found < math.inf:
+        raise RecipeError(f"alignment.ratio: the gradients at {rules.taps} are in no ratio ({found:g}); give a weight")
+    weight: float = given.weight * rules.ratio / found
+    return weight
 
 
 def aligned(loss: Loss, student: nn.Module, teacher: nn.Module, rules: Alignment) -> Loss:

@@ -23,10 +23,10 @@ from fewbits.plan import Plan
 from fewbits.recipes.fairly import WithGroups, check_groups, fair_loss, fairness_of, group_batches, require_fair
 from fewbits.recipes.faithful import Compared, onnx_metrics, require_faithful
 from fewbits.recipes.folder import RunFolder
-from fewbits.recipes.fusing import aligned, check_fusion, fold, require_foldable
+from fewbits.recipes.fusing import aligned, alignment_weight, check_fusion, fold, require_foldable
 from fewbits.recipes.planning import check_plan, make_plan
 from fewbits.recipes.results import write_result
-from fewbits.recipes.schema import Export, Fusion, Recipe, Training
+from fewbits.recipes.schema import Alignment, Export, Fusion, Recipe, Training
 from fewbits.recipes.searching import search, search_entry
 from fewbits.recipes.task import Pair
 from fewbits.recipes.tasks import load_task
@@ -154,7 +154,7 @@ class _Run:
         if qat is not None:
             if self.recipe.alignment is not None:
                 plain = self.task.loss(qat.label_smoothing)
-                loss = aligned(plain, self.model, copy.deepcopy(teacher), self.recipe.alignment)
+                loss = aligned(plain, self.model, copy.deepcopy(teacher), self.weighed(plain, teacher, qat.batch_size))
             if self.recipe.fusion is not None:
                 hooks.append(self.balance(self.recipe.fusion))
             if (fair := self.recipe.fairness) is not None:
@@ -165,6 +165,16 @@ class _Run:
                 hooks.append(learn_bits(self.model, learned, self.made_plan, shape))
             self.fit(qat, "train", self.folder.path, self.made_plan, loss, hooks)
         return self.trained()
+
+    def weighed(self, loss: Loss, teacher: nn.Module, batch_size: int) -> Alignment:
+        """Return the rules of alignment, with the weight that a ratio of gradients comes to."""
+        rules = self.recipe.alignment
+        assert rules is not None
+        if rules.ratio is None:
+            return rules
+        batch = self.task.train.gather(range(min(batch_size, len(self.task.train))))
+        found = self.once("weigh", lambda: {"weight": alignment_weight(loss, self.model, teacher, rules, batch)})
+        return rules.model_copy(update={"options": {**rules.options, "weight": found["weight"]}})
 
     def balance(self, rules: Fusion) -> BalanceFusion:
         """Return the hook of the fusion nodes."""

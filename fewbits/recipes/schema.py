@@ -239,11 +239,15 @@ class Alignment(Section):
     """Modules whose features are compared, by name: blocks that feed the head."""
     options: dict[str, Any] = {}
     """Fields of `AttentionAlignment`, e.g. `divergence: kl` or `weight`."""
+    ratio: Positive | None = None
+    """In place of `weight`: its gradient's size against the task's, at the tapped features of a batch before qat."""
 
     @model_validator(mode="after")
     def _alignable(self) -> Alignment:
         from fewbits.errors import TrainingError
 
+        if self.ratio is not None and "weight" in self.options:
+            raise ValueError("alignment.ratio takes the place of alignment.options.weight: give one of them")
         try:
             self.settings()
         except (TrainingError, TypeError) as error:

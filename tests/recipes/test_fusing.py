@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -11,11 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fewbits.allocate import uniform_plan
 from fewbits.errors import PlanError, RecipeError, TrainingError
+from fewbits.layers import calibrate, quantize
+from fewbits.losses import AttentionAlignment, Taps
 from fewbits.recipes.folder import RunFolder
+from fewbits.recipes.fusing import alignment_weight
 from fewbits.recipes.read import parse
 from fewbits.recipes.runner import finish, run
 from fewbits.recipes.schema import Recipe
+from fewbits.recipes.tasks import load_task
 
 
 def recipe(**sections: Any) -> Recipe:
@@ -61,6 +67,28 @@ def test_a_run_stopped_behind_the_fold_ends_equal(tmp_path: Path) -> None:
     finish(RunFolder.open(tmp_path / "cut"), say=quiet)
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_ratio_of_gradients_finds_the_weight_of_alignment(tmp_path: Path) -> None:
+    rules = {"taps": ["up.0"], "ratio": 0.3}
+    run(recipe(alignment=rules), tmp_path / "run", say=quiet)
+    weight = json.loads((tmp_path / "run/steps/weigh.json").read_text())["result"]["weight"]
+    task = load_task(recipe())
+    teacher, _ = task.build(recipe())
+    student = copy.deepcopy(teacher)
+    x, y = task.train.gather(range(8))
+    calibrate(quantize(student, uniform_plan(student, 4, 4), verbose=False), [x])
+    given = recipe(alignment=rules).alignment
+    assert given is not None
+    before = [value.clone() for value in (*student.parameters(), *student.buffers())]
+    found = alignment_weight(task.loss(), student, teacher, given, (x, y))
+    assert found > 0 and weight > 0
+    assert all(torch.equal(a, b) for a, b in zip(before, (*student.parameters(), *student.buffers())))
+    with Taps(student.train(), teacher, ["up.0"]) as taps:
+        loss = task.loss()(student, (x, y))
+        taps.teach(x)
+        ratio = taps.gradient_ratio(taps.loss(AttentionAlignment(weight=found)), loss)
+    assert ratio == pytest.approx(0.3, rel=1e-3)
 
 
 def test_alignment_changes_what_is_trained(tmp_path: Path) -> None:
@@ -115,6 +143,7 @@ def test_unknown_names_stop_a_run_before_the_float_training(
         ({"fusion": {"mode": "off", "options": {"gains": [1, 2]}}}, "gains="),
         ({"fusion": {"options": {"etta": 1}}}, "etta"),
         ({"alignment": {"taps": []}}, "taps"),
+        ({"alignment": {"taps": ["up.0"], "ratio": 0.2, "options": {"weight": 1.0}}}, "takes the place of"),
         ({"alignment": {"taps": ["up.0"], "options": {"divergence": "l2"}}}, "divergence must be one of"),
     ],
 )
