@@ -14,7 +14,8 @@ measured ``--points`` times on the way on the images that are not trained on, fo
     gains         gains by the controller, without norms
     fixed2, fixed4, fixed8  + norms, the shallow branch times so much
     learned       + norms, gains trained by the loss (version 1 of the paper)
-    float         the float model trained on, and float_controller the same with balanced nodes
+    watched       as qat, its gradient energies measured
+    float         the float model trained on, energies measured, and float_controller the same with balanced nodes
 
 One JSON line a finished run; finished runs are skipped.
 
@@ -59,11 +60,13 @@ RECIPES = {
 TAPS = {"camvid": ["up.1", "up.2"]}  # where the recipe itself has none
 METRIC = {"nuclei": "dice", "camvid": "miou", "bccd": "map", "scenes": "miou"}
 NORM = FusionSettings(mode="fixed")
+WATCHED = FusionSettings(mode="off", norm=False)  # the plain operator
 FUSIONS: dict[str, FusionSettings | None] = {
     "qat": None, "ada": None, "ln": NORM, "controller": FusionSettings(), "q2": FusionSettings(),
     "ada_strong": None, "q2_strong": FusionSettings(), "q2_fixed": FusionSettings(), "ln_fixed": NORM,
     "gains": FusionSettings(norm=False),
-    "learned": FusionSettings(mode="learned"), "float": None, "float_controller": FusionSettings(),
+    "learned": FusionSettings(mode="learned"), "watched": WATCHED, "float": WATCHED,
+    "float_controller": FusionSettings(),
     **{f"fixed{k}": FusionSettings(mode="fixed", gains=(1, k)) for k in (2, 4, 8)},  # deep, shallow
 }  # fmt: skip
 ALIGNED = ("q2", "ada", "q2_strong", "ada_strong", "q2_fixed")
@@ -121,7 +124,9 @@ class Lab:
         if fusion is not None:
             balance_fusion(model, self.task.sample(2), "auto", fusion)
         model.load_state_dict(torch.load(kept, weights_only=True), strict=False)  # gains are those of the arm
-        if fusion is not None and not norms:  # equal gains are a factor, which the batch norms have yet to know of
+        if (
+            fusion not in (None, WATCHED) and not norms
+        ):  # equal gains are a factor, which the batch norms have yet to know of
             reestimate_batch_norms(model, self.task.calibration(self.recipe))
         return model.eval()
 
