@@ -1,0 +1,1 @@
+"""Open-vocabulary detection: objects are named by texts that may be new at run time."""

@@ -1,0 +1,27 @@
+"""What an open-vocabulary detector says of a batch, as its losses and its distillation take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+SIDE_BINS = 16  # bins of the distribution of each side's distance, in strides 0..15
+
+
+@dataclass(frozen=True)
+class Regions:
+    """embeddings: v, [B, points, D], as the last 1x1 convolution of the class branch returns them, not normalised.
+    texts: t, [T, D], of unit length. logits: [B, points, T], scaled and shifted cosines of the two. boxes: corners x1,
+    y1, x2, y2 in pixels [B, points, 4]. sides: logits of the distances of left, top, right, bottom, [B, points, 4,
+    ``SIDE_BINS``]. points: x, y in pixels [points, 2]; strides: [points]. features: of the backbone at strides 8, 16, 32.
+    """
+
+    embeddings: Tensor
+    texts: Tensor
+    logits: Tensor
+    boxes: Tensor
+    sides: Tensor
+    points: Tensor
+    strides: Tensor
+    features: tuple[Tensor, ...]
