@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,18 +96,40 @@ def read_coco(annotations: Path, images: Path) -> tuple[list[Annotated], tuple[s
 
     Raises DataError, naming the file, for what is missing or malformed.
     """
+    return instances(read_json(annotations), annotations, lambda image: images / image["file_name"])
+
+
+def read_json(annotations: Path) -> Any:
+    """Return what is in a JSON file. Raises DataError, naming it, where it cannot be read."""
+    with malformed(annotations):
+        return json.loads(annotations.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def malformed(annotations: Path) -> Iterator[None]:
+    """Turn what a JSON of another form raises into a DataError that names the file."""
     try:
-        data = json.loads(annotations.read_text(encoding="utf-8"))
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"the key {error} is missing" if isinstance(error, KeyError) else error
+        raise DataError(f"cannot read {str(annotations)!r} as COCO's JSON of instances: {what}") from error
+
+
+def instances(
+    data: Any, annotations: Path, locate: Callable[[dict[str, Any]], Path]
+) -> tuple[list[Annotated], tuple[str, ...]]:
+    """Return the images in the order of ``data``, which ``annotations`` holds, and the classes by rising id.
+
+    locate: where the file of an entry of "images" is. Raises DataError for what is missing or malformed.
+    """
+    with malformed(annotations):
         classes = {c["id"]: str(c["name"]) for c in sorted(data["categories"], key=lambda c: c["id"])}
-        files = {image["id"]: images / image["file_name"] for image in data["images"]}
+        files = {image["id"]: locate(image) for image in data["images"]}
         boxes: dict[Any, list[Box]] = {key: [] for key in files}
         for given in data["annotations"]:
             if given["image_id"] not in files:
                 raise ValueError(f"annotation {given.get('id')} is of image {given['image_id']}, which is not listed")
             boxes[given["image_id"]].append(_coco_box(given, classes))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"the key {error} is missing" if isinstance(error, KeyError) else error
-        raise DataError(f"cannot read {str(annotations)!r} as COCO's JSON of instances: {what}") from error
     if not files:
         raise DataError(f"{str(annotations)!r} lists no images")
     return [Annotated(file, tuple(boxes[key]), str(annotations)) for key, file in files.items()], tuple(

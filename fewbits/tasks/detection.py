@@ -153,7 +153,7 @@ def pad(found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return targets
 
 
-def scene_examples(scenes: Sequence[Scene], **fields: Any) -> DetectionExamples:
+def scene_examples(scenes: Sequence[Scene], classes: Sequence[str] = DIGITS, **fields: Any) -> DetectionExamples:
     """Return scenes as examples of detection. fields: further ones of ``DetectionExamples``."""
     images = torch.stack([scene.image for scene in scenes])
     return DetectionExamples(
@@ -161,6 +161,6 @@ def scene_examples(scenes: Sequence[Scene], **fields: Any) -> DetectionExamples:
         objects=tuple(Objects.of(scene.boxes, scene.labels) for scene in scenes),
         sizes=torch.tensor(images.shape[-2:]).repeat(len(scenes), 1),
         names=tuple(f"scene {i}" for i in range(len(scenes))),
-        classes=DIGITS,
+        classes=tuple(classes),
         **fields,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,23 +41,35 @@ class Detections:
         return Detections(self.boxes[keep], self.scores[keep], self.labels[keep])
 
 
-def detections(outputs: Tensor) -> list[Detections]:
+@dataclass(frozen=True)
+class Limits:
+    """Which outputs become detections: those above a score, the best before and after suppression, an image."""
+
+    score: float = LEAST_SCORE
+    before: int = BEFORE
+    most: int = MOST
+
+
+USUAL = Limits()
+
+
+def detections(outputs: Tensor, limits: Limits = USUAL) -> list[Detections]:
     """Return the detections of a batch of outputs [B, points, 4 + classes], after non-maximum suppression by class.
 
     Raises DataError for an output that is not finite.
     """
     if not bool(outputs.isfinite().all()):
         raise DataError("the detector's outputs are not finite; train it with a lower lr, or calibrate it again")
-    return [_suppressed(image[:, :4].float(), image[:, 4:].float()) for image in outputs]
+    return [_suppressed(image[:, :4].float(), image[:, 4:].float(), limits) for image in outputs]
 
 
-def _suppressed(boxes: Tensor, scores: Tensor) -> Detections:
+def _suppressed(boxes: Tensor, scores: Tensor, limits: Limits) -> Detections:
     from torchvision.ops import batched_nms
 
-    points, labels = (scores > LEAST_SCORE).nonzero(as_tuple=True)
-    best = scores[points, labels].sort(descending=True, stable=True).indices[:BEFORE]
+    points, labels = (scores > limits.score).nonzero(as_tuple=True)
+    best = scores[points, labels].sort(descending=True, stable=True).indices[: limits.before]
     points, labels = points[best], labels[best]
-    kept = batched_nms(boxes[points], scores[points, labels], labels, OVERLAP)[:MOST]
+    kept = batched_nms(boxes[points], scores[points, labels], labels, OVERLAP)[: limits.most]
     return Detections(boxes[points[kept]], scores[points[kept], labels[kept]], labels[kept])
 
 
@@ -162,14 +175,24 @@ def _truth(examples: DetectionExamples) -> list[dict[str, Any]]:
     ]
 
 
-def _results(found: Sequence[Detections], examples: DetectionExamples) -> list[dict[str, Any]]:
+def on_originals(found: Sequence[Detections], examples: DetectionExamples) -> list[Detections]:
+    """Return detections on all examples in pixels of the images before scaling, cut off at their borders.
+
+    Raises DataError where there are not as many as examples.
+    """
     if len(found) != len(examples):
         raise DataError(f"got the detections of {len(found)} images for {len(examples)} examples")
+    limits = examples.sizes.flip(1).repeat(1, 2).float()
+    return [
+        dataclasses.replace(one, boxes=torch.minimum((one.boxes * scale).clamp(min=0), limit))
+        for one, scale, limit in zip(found, examples.scales, limits)
+    ]
+
+
+def _results(found: Sequence[Detections], examples: DetectionExamples) -> list[dict[str, Any]]:
     results = []
-    for image, (one, scale, size) in enumerate(zip(found, examples.scales, examples.sizes)):
-        limit = size.flip(0).repeat(2).float()
-        boxes = torch.minimum((one.boxes * scale).clamp(min=0), limit).tolist()
-        for corners, label, value in zip(boxes, one.labels.tolist(), one.scores.tolist()):
+    for image, one in enumerate(on_originals(found, examples)):
+        for corners, label, value in zip(one.boxes.tolist(), one.labels.tolist(), one.scores.tolist()):
             given = _annotation(image, corners, label)
             results.append({**given, "score": value, "area": given["bbox"][2] * given["bbox"][3], "iscrowd": 0})
     return results

@@ -61,12 +61,12 @@ def make_scenes(
 
 def _scene(split: str, size: int, objects: tuple[int, int], seed: int) -> Scene:
     generator = Generator().manual_seed(seed)
-    digits, labels = _digits(split)
-    image, mask = _ground(size, generator), torch.zeros(size, size, dtype=torch.int64)
+    digits, labels = digit_crops(split)
+    image, mask = ground(size, generator), torch.zeros(size, size, dtype=torch.int64)
     taken, found = list[Place](), list[tuple[list[int], int]]()
-    for _ in range(_between(*objects, generator)):
-        which = _between(0, len(digits) - 1, generator)
-        place = _place(size, taken, generator)
+    for _ in range(between(*objects, generator)):
+        which = between(0, len(digits) - 1, generator)
+        place = free_place(size, taken, generator)
         if place is None:
             continue
         taken.append(place)
@@ -75,20 +75,20 @@ def _scene(split: str, size: int, objects: tuple[int, int], seed: int) -> Scene:
     return Scene(image.round().to(torch.uint8), boxes, torch.tensor([label for _, label in found]), mask)
 
 
-def _ground(size: int, generator: Generator) -> Tensor:
+def ground(size: int, generator: Generator) -> Tensor:
     """Return float [3, size, size] in 0..255: a colour with spots and grain of three sizes."""
-    ground = 60 + 135 * torch.rand(3, 1, 1, generator=generator).expand(3, size, size)
+    colours = 60 + 135 * torch.rand(3, 1, 1, generator=generator).expand(3, size, size)
     for cells, height in ((4, 50.0), (12, 30.0), (size, 12.0)):
         noise = torch.rand(1, 3, cells, cells, generator=generator) - 0.5
-        ground = ground + height * F.interpolate(noise, (size, size), mode="bilinear", align_corners=False)[0]
-    return ground.clamp(0, 255)
+        colours = colours + height * F.interpolate(noise, (size, size), mode="bilinear", align_corners=False)[0]
+    return colours.clamp(0, 255)
 
 
-def _place(size: int, taken: Sequence[Place], generator: Generator) -> Place | None:
+def free_place(size: int, taken: Sequence[Place], generator: Generator) -> Place | None:
     """Return the corners of a square that no taken one touches, or None where none was found."""
     for _ in range(TRIES):
-        side = _between(round(SMALLEST * size), round(LARGEST * size), generator)
-        x, y = _between(0, size - side, generator), _between(0, size - side, generator)
+        side = between(round(SMALLEST * size), round(LARGEST * size), generator)
+        x, y = between(0, size - side, generator), between(0, size - side, generator)
         if all(x >= right or y >= low or x + side <= left or y + side <= top for left, top, right, low in taken):
             return x, y, x + side, y + side
     return None
@@ -110,12 +110,13 @@ def _draw(image: Tensor, mask: Tensor, digit: Tensor, label: int, place: Place, 
     return [left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1]
 
 
-def _between(low: int, high: int, generator: Generator) -> int:
+def between(low: int, high: int, generator: Generator) -> int:
+    """Return a whole number by chance, ``high`` among them."""
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
 @functools.cache
-def _digits(split: str) -> tuple[Tensor, Tensor]:
+def digit_crops(split: str) -> tuple[Tensor, Tensor]:
     """Return the handwritten digits of a split: float [N, 8, 8] in 0..1 and int64 [N]."""
     from sklearn.datasets import load_digits
 

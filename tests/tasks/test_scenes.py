@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fewbits.errors import DataError
-from fewbits.tasks.scenes import CONTRAST, _digits, make_scenes
+from fewbits.tasks.scenes import CONTRAST, digit_crops, make_scenes
 
 
 def test_boxes_are_tight_around_the_mask_and_do_not_overlap() -> None:
@@ -30,7 +30,7 @@ def test_a_scene_depends_on_seed_split_and_index_only() -> None:
 
 
 def test_no_digit_is_in_both_splits() -> None:
-    train, test = _digits("train")[0].flatten(1), _digits("test")[0].flatten(1)
+    train, test = digit_crops("train")[0].flatten(1), digit_crops("test")[0].flatten(1)
     assert len(train) + len(test) == 1797
     assert torch.cdist(test, train).min() > 0
 
