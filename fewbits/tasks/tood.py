@@ -11,11 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ALPHA, BETA = 1.0, 6.0  # powers of score and IoU in the alignment, eq. 4
-CANDIDATES = 13  # points an object may take, section 3.2.1
 GAMMA = 2.0  # focus on what is learned badly, eq. 6
 BOX_WEIGHT = 2.0  # of the boxes' loss against the classes'
 TINY = 1e-9
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How points are chosen; the defaults are the paper's.
+
+    score_power, overlap_power: alpha and beta of the alignment s^alpha u^beta, eq. 4. candidates: points that an object
+    may take, section 3.2.1.
+    """
+
+    score_power: float = 1.0
+    overlap_power: float = 6.0
+    candidates: int = 13
+
+
+PAPER = Rules()
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,9 @@ def tood_loss(found: Predictions, targets: Tensor) -> Tensor:
     return loss
 
 
-def assign(scores: Tensor, boxes: Tensor, found: Predictions, labels: Tensor, corners: Tensor) -> Assignment:
+def assign(
+    scores: Tensor, boxes: Tensor, found: Predictions, labels: Tensor, corners: Tensor, rules: Rules = PAPER
+) -> Assignment:
     """Choose for each object the points inside of it that are best aligned, eq. 4; a point finds one object at most.
 
     scores: [B, points, C] in 0..1. labels: int64 [B, M], -1 where there is no object. corners: [B, M, 4].
@@ -79,10 +95,10 @@ def assign(scores: Tensor, boxes: Tensor, found: Predictions, labels: Tensor, co
     overlap = iou(corners, boxes)  # [B, M, points]
     score = scores.mT.gather(1, labels.clamp(min=0)[..., None].expand(-1, -1, scores.shape[1]))
     # as logarithms: u^6 of the first boxes has no digits left in float32
-    aligned = ALPHA * (score + TINY).log() + BETA * (overlap + TINY).log()
+    aligned = rules.score_power * (score + TINY).log() + rules.overlap_power * (overlap + TINY).log()
     allowed = inside(found, corners) & real[..., None]
     aligned = aligned.masked_fill(~allowed, -torch.inf)
-    best = aligned.topk(min(CANDIDATES, aligned.shape[-1]), -1).indices
+    best = aligned.topk(min(rules.candidates, aligned.shape[-1]), -1).indices
     chosen = torch.zeros_like(allowed).scatter_(-1, best, True) & allowed
     first = overlap.masked_fill(~chosen, -1.0).argmax(1, keepdim=True)  # [B, 1, points]
     chosen &= torch.zeros_like(chosen).scatter_(1, first, True)
