@@ -27,8 +27,8 @@ class LayerShape:
     or "". channel_axis, contraction_axis: of the weight. itemsize: bytes of a float weight. bias: its elements.
     input_channels: size of the input's channel axis. macs: multiply-accumulates of the example with the weight;
     operand_macs: between two activations (attention). input_elements: of the example. heads: of an attention, 0
-    elsewhere. batch_norm: the norm that folds into this layer when it is packed, or ""; norm_bytes: what then
-    vanishes.
+    elsewhere; operands: names of what its products take. batch_norm: the norm that folds into this layer when it is
+    packed, or ""; norm_bytes: what then vanishes.
     """
 
     name: str
@@ -45,6 +45,7 @@ class LayerShape:
     input_channels: int = 1
     has_input: bool = True
     heads: int = 0
+    operands: tuple[str, ...] = ()
     operand_macs: int = 0
     batch_norm: str = ""
     norm_bytes: int = 0
@@ -141,6 +142,7 @@ def _layer_shape(name: str, layer: nn.Module, seen: Seen, shared: str, model: nn
         input_channels=_ask(twin.input_channels, layer),
         has_input=twin.quantizes_input and weight is not None,
         heads=_ask(twin.head_count, layer) if getattr(twin, "quantizes_operands", False) else 0,
+        operands=tuple(getattr(twin, "operand_axes", ())),
         operand_macs=seen.operand_macs.get(name, 0),
         batch_norm=norm,
         norm_bytes=_state_bytes(model.get_submodule(norm)) if norm else 0,

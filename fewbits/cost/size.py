@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fewbits.cost.shapes import LayerShape, ModelShape
@@ -84,7 +84,7 @@ def layer_size(layer: LayerShape, plan: LayerPlan) -> LayerSize:
     activations = (
         activation_bytes(plan.input if layer.has_input else None, layer.input_channels)
         + activation_bytes(plan.output)
-        + operand_bytes(plan.operands, layer.heads)
+        + operand_bytes(plan.operands, layer.heads, layer.operands)
     )
     floats = layer.bias * layer.itemsize + layer.norm_bytes
     if plan.weight is None:
@@ -143,11 +143,12 @@ def activation_bytes(plan: TensorPlan | None, channels: int = 1) -> int:
     return groups * (WORD if plan.symmetric else 2 * WORD)
 
 
-def operand_bytes(plan: TensorPlan | None, heads: int) -> int:
-    """Return the bytes of an attention's four operand quantizers; that of the probabilities is always affine."""
+def operand_bytes(plan: TensorPlan | None, heads: int, operands: Sequence[str]) -> int:
+    """Return the bytes of an attention's operand quantizers; that of the probabilities is always affine."""
     if plan is None or not heads:
         return 0
-    return 3 * activation_bytes(plan, heads) + activation_bytes(replace(plan, symmetric=False), heads)
+    affine = replace(plan, symmetric=False)
+    return sum(activation_bytes(affine if name == "probability" else plan, heads) for name in operands)
 
 
 def average_weight_bits(decided: Mapping[str, LayerPlan | None], shape: ModelShape) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,7 @@ class AttentionLayer(QuantizedLayer):
     """
 
     quantizes_operands: ClassVar[bool] = True
+    operand_axes: ClassVar[Mapping[str, int]] = OPERANDS  # of another product than softmax(Q K^T) V: its own
 
     query_quantizer: Quantizer | None
     key_quantizer: Quantizer | None
@@ -35,7 +37,7 @@ class AttentionLayer(QuantizedLayer):
 
     def attach(self, plan: LayerPlan, weight_quantizer: Quantizer | None) -> None:
         """Add the quantizers of weight and input (base class) and of the operands."""
-        operands = {name: self.make_operand_quantizer(name, plan.operands) for name in OPERANDS}
+        operands = {name: self.make_operand_quantizer(name, plan.operands) for name in self.operand_axes}
         super().attach(plan, weight_quantizer)
         for name, quantizer in operands.items():
             setattr(self, f"{name}_quantizer", quantizer)
@@ -55,7 +57,7 @@ class AttentionLayer(QuantizedLayer):
         channels = self.head_count() if plan.granularity in ("head", "channel") else 1
         try:
             plan = dataclasses.replace(plan, symmetric=False) if name == "probability" else plan
-            quantizer = make_quantizer(plan, channels=channels, axis=-3, contraction=OPERANDS[name])
+            quantizer = make_quantizer(plan, channels=channels, axis=-3, contraction=self.operand_axes[name])
         except PlanError as error:
             raise PlanError(f"operand {name!r} (probabilities are always affine): {error}") from error
         return self._to_device(quantizer)
