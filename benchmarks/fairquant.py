@@ -3,9 +3,10 @@
 A float model is trained once a data set and seed. Arms at a mean of B bits a weight (all weights, first and last layer
 too), per channel with ``maxabs``, inputs of 8 bits:
 
-    uniform_ptq   B bits everywhere, ranges set, not trained (whole B only)
+    uniform_ptq   B bits everywhere (2.5: 2 and 3 in turn), ranges set, not trained
     uniform_qat   the same, trained;  uniform_fair  trained with the fairness term
-    static        widths by importance for groups, not trained;  quantile  by the release's histogram
+    static        widths by importance for groups, not trained;  quantile  by the release's histogram,
+                  over weights so that it has a budget
     fair_qat      static, trained;  fair  trained with the term
     blind         as fair_qat, by importance over all examples as one group
     sigma_qat     widths of layers by SigmaQuant's allocation, read from its plan file, trained
@@ -22,10 +23,13 @@ run; finished runs are skipped.
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import statistics
 import time
-from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +38,12 @@ from torch import nn
 
 import fewbits as fb
 from benchmarks.cifar10_qat import read, write
+from benchmarks.fairquant_table import table
+from benchmarks.measure import interleave, ratios
 from fewbits.allocate import Importance, group_importance
+from fewbits.cost import model_shape, size
 from fewbits.layers import quantized_layers, settle_bits
+from fewbits.layers.base import QuantizedLayer
 from fewbits.losses import GroupFairness
 from fewbits.plan import LayerPlan, Plan
 from fewbits.quantizers import ReleasedBits
@@ -48,22 +56,26 @@ from fewbits.tasks.sources import load
 from fewbits.train import Batches, FairnessRamp, FitConfig, Hook, LearnBits, fit
 
 SGD: dict[str, Any] = {"lr": 0.05, "weight_decay": 5e-4}
-ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.05, "optimizer": "adamw", "clip": 1.0}
-DATA: dict[str, dict[str, Any]] = {  # side: of the images that a transformer is told, and its patches
-    "digits_groups": {"options": {"strength": 0.8}, "side": 8, "patch": 2, "epochs": {"small": 30}},
-    "cifar10_groups": {
-        "options": {"strength": 0.6},
-        "side": 32,
-        "patch": 8,
-        "epochs": {"resnet18": 6, "deit_tiny": 12},
+ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.05, "optimizer": "adamw", "clip": 1.0}
+HALF = {"share": 0.5}  # of the test images are the minority's: more of them to measure on
+DATA: dict[str, dict[str, Any]] = {  # test: options of the test images beside; side, patch: what a transformer is told
+    "digits_groups": {
+        "options": {"strength": 0.8}, "test": HALF, "side": 8, "patch": 2, "epochs": {"small": 30, "deit_tiny": 20},
     },
-    "isic2017": {"options": {"group": "sex"}, "side": 64, "patch": 16, "epochs": {"resnet18": 15, "deit_tiny": 20}},
-    "nih_cxr64": {"options": {"group": "view"}, "side": 64, "patch": 16, "epochs": {"resnet18": 20, "deit_tiny": 30}},
-}
+    "cifar10_groups": {
+        "options": {"strength": 0.6}, "test": HALF, "side": 32, "patch": 8, "epochs": {"resnet18": 10},
+    },
+    "isic2017": {
+        "options": {"group": "sex"}, "side": 64, "patch": 16, "epochs": {"resnet18": 15, "deit_tiny": 20},
+    },
+    "nih_cxr64": {
+        "options": {"group": "view"}, "side": 64, "patch": 16, "epochs": {"resnet18": 20, "deit_tiny": 30},
+    },
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "small": ("reference_cnn", SGD),
-    "resnet18": ("torchvision:resnet18", SGD),
-    "deit_tiny": ("timm:deit_tiny_patch16_224", ADAMW),
+    "resnet18": ("torchvision:resnet18", ADAMW),
+    "deit_tiny": ("timm:deit_tiny_patch16_224", ADAMW | {"lr": 5e-4}),
 }
 MENU = (2, 3, 4, 5, 6, 7, 8)
 TRAINED = ("uniform_qat", "uniform_fair", "sigma_qat", "fair_qat", "fair", "blind", "baq", "baq_v1", "baq_head")
@@ -88,13 +100,29 @@ def learned(plan: Plan, quantizer: str, options: dict[str, Any]) -> Plan:
     return Plan(tuple(rules))
 
 
+def alternating(plan: Plan, model: nn.Module, bits: float) -> Plan:
+    """Return a uniform plan; at 2.5 bits every other channel of each layer has 2, the others 3."""
+    if bits == int(bits):
+        return plan
+    rules: list[tuple[str, LayerPlan | None]] = []
+    for name, layer in plan.resolve(model_shape(model).names).items():
+        if layer is not None and layer.weight is not None:
+            steps = [math.floor(i * bits) for i in range(len(model.get_submodule(name).weight) + 1)]
+            mixed = tuple(b - a for a, b in itertools.pairwise(steps))
+            layer = replace(layer, weight=replace(layer.weight, channel_bits=mixed))
+        rules.append((name, layer))
+    return Plan(tuple(rules))
+
+
 class Lab:
     """One data set, one model, one seed: data, float model, importance."""
 
     def __init__(self, args: argparse.Namespace, data: str, model: str, seed: int) -> None:
         self.args, self.data, self.model, self.seed, self.given = args, data, model, seed, DATA[data]
         self.measured: dict[bool, tuple[Importance, float]] = {}
-        self.train, self.test = (load(data, None, split, **self.given["options"]) for split in ("train", "test"))
+        options = self.given["options"]
+        self.train = load(data, None, "train", **options)
+        self.test = load(data, None, "test", **options | self.given.get("test", {}))
         assert self.train.groups is not None and self.test.groups is not None
         self.names, self.groups, self.test_groups = self.train.group_names, self.train.groups, self.test.groups
         self.float = self.float_model()
@@ -142,17 +170,19 @@ class Lab:
         """Return the plan of an arm."""
         style: dict[str, Any] = {"first_last": None, "act_bits": 8, "act_quantizer": "lsq"}
         if arm.startswith("uniform"):
-            return fb.uniform_plan(self.float, int(bits), quantizer="maxabs", **style)
+            return alternating(
+                fb.uniform_plan(self.float, math.ceil(bits), quantizer="maxabs", **style), self.float, bits
+            )
         if arm == "sigma_qat":
             file = self.args.cache / f"sigma_{self.data}_{self.model}_{self.seed}_{bits:g}.json"
             fb.allocate(self.float, fb.Budget(average_bits=bits), method="sigma", menu=MENU, quantizer="maxabs",
                         **style).save(file)  # fmt: skip
             return Plan.load(file)
         more: dict[str, Any] = {}
-        if arm == "quantile":  # the release's three widths, shares moved to the mean asked for
-            high = min(1.0, max(0.0, (bits - 2.0) / 6.0))
-            more = {"rule": "quantile", "shares": (1 - high, 0, 0, 0, 0, 0, high)}
-        budget = fb.Budget(average_bits=bits + (arm == "quantile"))  # a histogram meets the mean of channels
+        if arm == "quantile":  # the release's histogram, from all at 2 bits to 20, 40, 40 % at 2, 4, 8
+            part = (bits - 2.0) / 3.2
+            more = {"rule": "wquantile", "shares": (1 - 0.8 * part, 0, 0.4 * part, 0, 0, 0, 0.4 * part)}
+        budget = fb.Budget(average_bits=bits + 0.1 * (arm == "quantile"))  # it meets its mean but for a channel
         importance = self.importance(arm == "blind")
         plan = fb.allocate(
             self.float, budget, method="fair", menu=MENU, quantizer="maxabs", importance=importance, **style, **more
@@ -166,15 +196,11 @@ class Lab:
                "steps": args.steps, "lr": args.lr, "batch": args.batch}  # fmt: skip
         if any(all(row.get(k) == v for k, v in key.items()) for row in read(args.out)):
             return
-        if (arm.startswith("uniform") and bits != int(bits)) or (not arm.startswith("uniform") and bits == MENU[-1]):
-            return
-        start, model = time.perf_counter(), self.build()
-        model.load_state_dict(self.float.state_dict())
-        plan = self.plan(arm, bits)
-        planned = time.perf_counter() - start
-        calibration = [x for x, _ in self.train.subset(min(256, len(self.train)), self.seed).batches(128)]
-        fb.calibrate(fb.quantize(model, plan, verbose=False), calibration)
-        seconds = self.fit(model, arm, bits) if arm in TRAINED else 0.0
+        if not arm.startswith("uniform") and bits in (MENU[0], MENU[-1]):
+            return  # at the ends of the menu there is nothing to choose
+        start, plan = time.perf_counter(), self.plan(arm, bits)
+        planned, model = time.perf_counter() - start, self.quantized(plan)
+        seconds = self.fit(model, arm, bits, args.steps) if arm in TRAINED else 0.0
         if arm.startswith("baq"):
             plan = settle_bits(model)
         if False in self.measured:
@@ -183,7 +209,28 @@ class Lab:
         write(args.out, **key, seconds_plan=round(planned, 2), seconds_a_step=round(seconds / args.steps, 4),
               **self.judged(model.eval(), plan))  # fmt: skip
 
-    def fit(self, model: nn.Module, arm: str, bits: float) -> float:
+    def cost(self, rounds: int = 9) -> tuple[str, str]:
+        """Return the time of the importance over that of an epoch in float, and of a step of baq over a fixed one."""
+        steps: dict[str, Callable[[], object]] = {
+            "epoch": lambda: fit(self.build(), Batches(self.train, 32), cross_entropy, FitConfig(epochs=1)),
+            "importance": lambda: self._importance(False),
+        }
+        whole = interleave(steps, 3, 0)
+        few, steps = 4, {}
+        for arm in ("uniform_fair", "baq"):
+            steps[arm] = partial(self.fit, self.quantized(self.plan(arm, 4.0)), arm, 4.0, few)
+        return str(ratios(whole, "importance", "epoch")), str(
+            ratios(interleave(steps, rounds, 1), "baq", "uniform_fair")
+        )
+
+    def quantized(self, plan: Plan) -> nn.Module:
+        """Return the float model quantized and its ranges set."""
+        model = self.build()
+        model.load_state_dict(self.float.state_dict())
+        calibration = [x for x, _ in self.train.subset(min(256, len(self.train)), self.seed).batches(128)]
+        return fb.calibrate(fb.quantize(model, plan, verbose=False), calibration)
+
+    def fit(self, model: nn.Module, arm: str, bits: float, steps: int) -> float:
         """Train an arm; return its seconds."""
         args, hooks = self.args, list[Hook]()
         loss: Any = lambda net, batch: cross_entropy(net, batch[:2])  # noqa: E731
@@ -195,7 +242,7 @@ class Lab:
         if arm in ("baq_v1", "baq_head"):
             plain, released = loss, [q for q in model.modules() if isinstance(q, ReleasedBits)]
             loss = lambda net, batch: plain(net, batch) + sum(q.penalty() for q in released)  # noqa: E731
-        config = FitConfig(max_steps=args.steps, lr=args.lr, weight_decay=0.01, optimizer="adamw", clip=1.0,
+        config = FitConfig(max_steps=steps, lr=args.lr, weight_decay=0.01, optimizer="adamw", clip=1.0,
                            seed=self.seed, progress=False)  # fmt: skip
         return fit(
             model, Batches(WithGroups(self.train), args.batch, seed=self.seed), loss, config, hooks=hooks
@@ -208,38 +255,18 @@ class Lab:
         right = [answer == test.labels for answer in (self.before, answers)]
         forms = [group_metrics(a, test.labels, self.test_groups, len(test.classes), self.names)
                  for a in (self.before, answers)]  # fmt: skip
-        weights = {name: layer.layer_plan.weight for name, layer in quantized_layers(model).items()}
-        sizes = {name: getattr(model.get_submodule(name), "weight").numel() for name in weights}  # noqa: B009
-        mean = sum(sizes[n] * w.mean_bits for n, w in weights.items() if w is not None) / sum(sizes.values())
         changes = group_changes(right[0], right[1], self.test_groups, self.names)
-        return {"average_bits": mean, "float": forms[0], "metrics": forms[1], "changes": changes}
+        cost = size(plan, model_shape(self.float, self.test.gather([0])[0]))
+        channels = [b for layer in quantized_layers(model).values() for b in widths(layer)]
+        return {"average_bits": cost.average_weight_bits, "channel_bits": statistics.mean(channels),
+                "bytes": cost.total, "float": forms[0], "metrics": forms[1], "changes": changes}  # fmt: skip
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return by data, bits and arm: accuracy, worst group, the most that a group lost, odds; mean and spread."""
-    cells: dict[tuple[str, str, float, str], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        cells[row["data"], row["model"], row["bits"], row["arm"]].append(row)
-    lines = ["| data | model | bits | arm | accuracy | worst group | largest loss of a group | odds | mean bits |",
-             "| --- " * 9 + "|"]  # fmt: skip
-    for data, model in dict.fromkeys((row["data"], row["model"]) for row in rows):
-        seeds = {row["seed"]: row["float"] for row in rows if (row["data"], row["model"]) == (data, model)}
-        told = [spread([f[name] for f in seeds.values()]) for name in ("acc", "acc_worst")]
-        odds = spread([f["eodd_sum"] for f in seeds.values()], 3)
-        lines.append(f"| {data} | {model} | 32 | float | {' | '.join(told)} | | {odds} | |")
-    for (data, model, bits, arm), found in sorted(cells.items(), key=lambda c: (*c[0][:3], ARMS.index(c[0][3]))):
-        worst = [-min(change["change"] for change in row["changes"].values()) for row in found]
-        told = [spread([row["metrics"][name] for row in found]) for name in ("acc", "acc_worst")]
-        told += [spread(worst), spread([row["metrics"]["eodd_sum"] for row in found], 3)]
-        mean = statistics.mean(row["average_bits"] for row in found)
-        lines.append(f"| {data} | {model} | {bits:g} | {arm} | {' | '.join(told)} | {mean:.2f} |")
-    return "\n".join(lines)
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """Write mean and standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+def widths(layer: QuantizedLayer) -> Sequence[int]:
+    """Return the width of each output channel of a layer."""
+    plan, weight = layer.layer_plan.weight, getattr(layer, layer.weight_name)
+    assert plan is not None
+    return plan.channel_bits or (plan.bits,) * len(weight)
 
 
 def main() -> None:
@@ -260,16 +287,22 @@ def main() -> None:
     add("--group-examples", type=int, default=256)
     add("--threads", type=int, default=1)
     add("--table", action="store_true", help="print the table of the finished runs")
+    add("--cost", action="store_true", help="print what learned widths and the importance cost in time")
     args = parser.parse_args()
     if args.table:
-        print(table(read(args.out)))
+        print(table(read(args.out), {arm: "uniform_qat" if arm in TRAINED else "uniform_ptq" for arm in ARMS}))
         return
     torch.set_num_threads(args.threads)
+    if args.cost:
+        print("| data | model | importance, part of an epoch | step of baq / of uniform_fair |\n" + "| --- " * 4 + "|")
     for data in args.data:
         for model in args.models:
             for seed in args.seeds:
                 if model in DATA[data]["epochs"]:
                     lab = Lab(args, data, model, seed)
+                    if args.cost:
+                        print(f"| {data} | {model} | {' | '.join(lab.cost())} |", flush=True)
+                        continue
                     for bits in args.bits:
                         for arm in args.arms:
                             lab.compare(arm, bits)
