@@ -40,7 +40,7 @@ class TextEncoder(Protocol):
 
 
 class ComposedText:
-    """The normalised sum of a fixed random vector for each different word: any word works, and their order means nothing.
+    """The normalised sum of a fixed random vector for each different word: any word works, the order means nothing.
 
     A text that was never seen is the sum of words that were, so a detector can learn to find "a red square" from red
     circles and blue squares. Articles are left out; case, hyphens and underscores do not matter.
