@@ -136,7 +136,7 @@ def _digit(word: str, split: str, side: int, generator: Generator) -> Tensor:
 
 
 def _paint(what: Composition, x: Tensor, y: Tensor, generator: Generator) -> Tensor:
-    """Return the colour at x, y in 0..255, [3, side, side]: a shade of its own, a texture turned and moved by chance."""
+    """Return the colour at x, y, 0..255 [3, side, side]: a shade of its own, a texture turned and moved by chance."""
     red, turn, moved = (torch.rand(n, generator=generator) for n in (3, 1, 2))
     colour = (torch.tensor(RGB[what.colour]) + SHADE * (2 * red - 1)).clamp(0, 255)[:, None, None]
     angle = math.pi * float(turn)
