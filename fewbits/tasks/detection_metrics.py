@@ -175,18 +175,20 @@ def _truth(examples: DetectionExamples) -> list[dict[str, Any]]:
     ]
 
 
-def on_originals(found: Sequence[Detections], examples: DetectionExamples) -> list[Detections]:
-    """Return detections on all examples in pixels of the images before scaling, cut off at their borders.
+def on_originals(found: Iterable[Detections], examples: DetectionExamples) -> Iterator[Detections]:
+    """Yield the detections on each example in pixels of the image before scaling, cut off at its borders.
 
     Raises DataError where there are not as many as examples.
     """
-    if len(found) != len(examples):
-        raise DataError(f"got the detections of {len(found)} images for {len(examples)} examples")
-    limits = examples.sizes.flip(1).repeat(1, 2).float()
-    return [
-        dataclasses.replace(one, boxes=torch.minimum((one.boxes * scale).clamp(min=0), limit))
-        for one, scale, limit in zip(found, examples.scales, limits)
-    ]
+    scales, limits, number = examples.scales, examples.sizes.flip(1).repeat(1, 2).float(), 0
+    for number, one in enumerate(found, 1):
+        if number > len(examples):
+            break
+        boxes = torch.minimum((one.boxes * scales[number - 1]).clamp(min=0), limits[number - 1])
+        yield dataclasses.replace(one, boxes=boxes)
+    if number != len(examples):
+        given = f"more than {len(examples)}" if number > len(examples) else number
+        raise DataError(f"got the detections of {given} images for {len(examples)} examples")
 
 
 def _results(found: Sequence[Detections], examples: DetectionExamples) -> list[dict[str, Any]]:

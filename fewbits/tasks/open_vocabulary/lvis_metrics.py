@@ -7,7 +7,9 @@ the data set instead of those of an image, for which classes would compete.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,21 @@ A_CLASS = 10_000  # detections of a class over the data set: its best
 UNLIMITED = Limits(score=0.001, before=30_000, most=30_000)  # what one image may take of memory, no part of the metric
 THRESHOLDS = torch.from_numpy(np.linspace(0.5, 0.95, 10)).clamp(max=1 - 1e-10)  # of the IoU, as in pycocotools
 RECALLS = torch.from_numpy(np.linspace(0.0, 1.0, 101))
+CHUNK = 2_000_000  # detections that wait until the worst of them go
 Marked = dict[int, tuple[Tensor, Tensor]]  # by image: boxes [G, 4] and whether they are crowds [G], of one class
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Detections of several images: image [N], label [N], score [N] and corners [N, 4]."""
+
+    images: Tensor
+    labels: Tensor
+    scores: Tensor
+    boxes: Tensor
+
+    def take(self, rows: Tensor) -> _Pool:
+        return _Pool(self.images[rows], self.labels[rows], self.scores[rows], self.boxes[rows])
 
 
 def score_fixed(
@@ -34,12 +50,12 @@ def score_fixed(
     verified: Mapping[str, Verified] | None = None,
 ) -> dict[str, Any]:
     """Return ``fixed_ap`` of a detector's outputs [batch, points, 4 + classes] in the order of the examples."""
-    found = [found for batch in outputs for found in detections(batch, UNLIMITED)]
+    found = (found for batch in outputs for found in detections(batch, UNLIMITED))
     return fixed_ap(on_originals(found, examples), Truth.of(examples, verified), groups)
 
 
 def fixed_ap(
-    found: Sequence[Detections], truth: Truth, groups: Groups | None = None, limit: int = A_CLASS
+    found: Iterable[Detections], truth: Truth, groups: Groups | None = None, limit: int = A_CLASS
 ) -> dict[str, Any]:
     """Return the average precision in percent of detections on each image, in pixels as those of ``truth``.
 
@@ -49,17 +65,15 @@ def fixed_ap(
     be absent; a wrong one does not count where not all objects of its class are marked. Crowds are as in COCO.
     Raises DataError where images or labels do not fit.
     """
-    images, labels, scores, boxes = _flat(found, truth)
+    best = _best(found, truth, limit)
     counts, partial = truth.looked_for()
     marked = _marked(truth)
-    order = scores.sort(descending=True, stable=True).indices
-    order = order[labels[order].sort(stable=True).indices]
-    rows = torch.split(order, torch.bincount(labels, minlength=len(truth.classes)).tolist())
+    rows = torch.split(torch.arange(len(best.labels)), torch.bincount(best.labels, minlength=len(marked)).tolist())
     precisions = dict[str, Tensor | None]()
     for label, name in enumerate(truth.classes):
-        best = rows[label][:limit]
-        best = best[counts[images[best], label]]
-        precisions[name] = _precision(images[best], boxes[best], marked[label], partial[:, label])
+        mine = best.take(rows[label])
+        mine = mine.take(counts[mine.images, label])
+        precisions[name] = _precision(mine.images, mine.boxes.double(), marked[label], partial[:, label])
     return _summary(precisions, groups or {})
 
 
@@ -92,18 +106,39 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _flat(found: Sequence[Detections], truth: Truth) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return image [N], label [N], score [N] and corners [N, 4] in float64 of all detections."""
-    if len(found) != len(truth.names) or not found:
-        raise DataError(f"got the detections of {len(found)} images for the objects of {len(truth.names)}")
-    labels, scores = torch.cat([one.labels for one in found]), torch.cat([one.scores for one in found])
-    wrong = labels[(labels < 0) | (labels >= len(truth.classes))]
+def _best(found: Iterable[Detections], truth: Truth, limit: int) -> _Pool:
+    """Return the ``limit`` best detections of each class, by class and then by score; of equal ones the first.
+
+    Raises DataError where images or labels do not fit. What is known not to be among the best goes early.
+    """
+    nothing = torch.zeros(0, dtype=torch.int64)
+    pool = _Pool(nothing, nothing, torch.zeros(0), torch.zeros(0, 4))
+    waiting, number = list[_Pool](), 0
+    for number, one in enumerate(found, 1):
+        _check(one, truth)
+        waiting.append(_Pool(torch.full_like(one.labels, number - 1), one.labels, one.scores, one.boxes))
+        if sum(len(w.labels) for w in waiting) > CHUNK:
+            pool, waiting = _merged([pool, *waiting], limit), []
+    if number != len(truth.names) or not number:
+        raise DataError(f"got the detections of {number} images for the objects of {len(truth.names)}")
+    return _merged([pool, *waiting], limit)
+
+
+def _check(one: Detections, truth: Truth) -> None:
+    wrong = one.labels[(one.labels < 0) | (one.labels >= len(truth.classes))]
     if len(wrong):
         raise DataError(f"a detection has the label {int(wrong[0])}, outside of 0..{len(truth.classes) - 1}")
-    if not bool(scores.isfinite().all()):
+    if not bool(one.scores.isfinite().all()):
         raise DataError("scores of detections are not finite")
-    images = torch.arange(len(found)).repeat_interleave(torch.tensor([len(one.labels) for one in found]))
-    return images, labels, scores, torch.cat([one.boxes for one in found]).double()
+
+
+def _merged(pools: Sequence[_Pool], limit: int) -> _Pool:
+    fields = [[getattr(pool, field.name) for pool in pools] for field in dataclasses.fields(_Pool)]
+    pool = _Pool(*map(torch.cat, fields))
+    order = pool.scores.sort(descending=True, stable=True).indices
+    labels, by_label = pool.labels[order].sort(stable=True)
+    rank = torch.arange(len(labels)) - torch.searchsorted(labels, labels)  # within the class
+    return pool.take(order[by_label][rank < limit])
 
 
 def _marked(truth: Truth) -> list[Marked]:

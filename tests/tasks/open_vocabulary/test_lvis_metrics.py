@@ -175,6 +175,15 @@ def test_the_limit_is_of_a_class_over_all_images_and_none_of_an_image() -> None:
     assert fixed_ap(found, given, limit=1)["per_class"]["a"] == 0
 
 
+def test_what_goes_early_changes_nothing(scenes: DetectionExamples, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Truth.of(scenes)
+    found = noisy(given)
+    at_once = fixed_ap(found, given, limit=25)
+    assert at_once["map"] < fixed_ap(found, given)["map"]
+    monkeypatch.setattr("fewbits.tasks.open_vocabulary.lvis_metrics.CHUNK", 30)
+    assert fixed_ap(iter(found), given, limit=25) == at_once
+
+
 def test_the_limit_is_taken_before_the_federated_rule() -> None:
     given = truth(objects((0, BOX)), objects(), verified=[Verified(), Verified()])
     found = [seen((0, 0.1, BOX)), seen((0, 0.2, FAR))]
@@ -209,6 +218,10 @@ def test_outputs_of_a_detector_are_scored_on_the_images_before_scaling(scenes: D
     outputs = [output(marked) for marked in scenes.objects]
     got = score_fixed(outputs, wide, {"half": scenes.classes[:5]})
     assert got["map"] == pytest.approx(100) and got["groups"] == {"half": pytest.approx(100)}
+    with pytest.raises(DataError, match="more than 40 images for 40"):
+        score_fixed([*outputs, outputs[0]], wide)
+    with pytest.raises(DataError, match="39 images for 40"):
+        score_fixed(outputs[:-1], wide)
 
 
 def test_nothing_found_scores_none_and_nothing_marked_has_no_score() -> None:
