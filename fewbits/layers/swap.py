@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,26 +98,34 @@ def dequantize(model: nn.Module) -> nn.Module:
     return model
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+def calibrate(model: nn.Module, batches: Iterable[Any], *, only: Collection[str] | None = None) -> nn.Module:
     """Set the range of every input quantizer from batches of model inputs; the layers run in float meanwhile.
 
-    A batch is a tensor, or a tuple or dict of arguments of ``model``. Raises QuantizationError if there are no
+    A batch is a tensor, or a tuple or dict of arguments of ``model``. only: names of the layers to calibrate; the
+    others keep their ranges and run as they do now, quantized or in float. Raises QuantizationError if there are no
     batches, or, naming the layer, if an activation is not finite or if the weight of a layer is read without calling
     the layer; warns of layers that no batch reached.
     """
-    layers, batches = quantized_layers(model), iter(batches)
+    layers, batches = _chosen(quantized_layers(model), only), iter(batches)
     first = next(batches, None)
     if first is None:
         raise QuantizationError("calibrate needs at least one batch, got none")
     for layer in layers.values():
         for quantizer in activation_quantizers(layer):
             quantizer.reset()
-    with in_eval(model), set_mode(model, "observe"), Watch(layers) as watch, torch.no_grad():
+    with in_eval(model), _in_mode(layers.values(), "observe"), Watch(layers) as watch, torch.no_grad():
         for batch in itertools.chain([first], batches):
             call(model, batch)
     watch.refuse_reads()
     watch.warn_unreached(stacklevel=2)
     return model
+
+
+def _chosen(layers: dict[str, QuantizedLayer], only: Collection[str] | None) -> dict[str, QuantizedLayer]:
+    unknown = [] if only is None else [name for name in only if name not in layers]
+    if unknown:
+        raise QuantizationError(f"no quantized layer {unknown[0]!r} to calibrate{nearest(unknown[0], layers)}")
+    return layers if only is None else {name: layers[name] for name in only}
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -132,7 +140,13 @@ def set_mode(model: nn.Module, mode: str) -> Iterator[None]:
     """Run every quantized layer as "quantize", "observe" or "float" inside the block."""
     if mode not in ("quantize", "observe", "float"):
         raise QuantizationError(f"mode must be 'quantize', 'observe' or 'float', got {mode!r}")
-    layers = list(quantized_layers(model).values())
+    with _in_mode(quantized_layers(model).values(), mode):
+        yield
+
+
+@contextlib.contextmanager
+def _in_mode(chosen: Iterable[QuantizedLayer], mode: str) -> Iterator[None]:
+    layers = list(chosen)
     before = [layer.mode for layer in layers]
     for layer in layers:
         layer.mode = mode

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from fewbits.errors import TrainingError, nearest
 from fewbits.layers import QuantizedLayer, call
 from fewbits.losses.ada import AttentionAlignment
+from fewbits.losses.features import FeatureTaps
 from fewbits.quantizers import Quantizer
 
 
-class Taps:
+class Taps(FeatureTaps):
     """Context in which student and teacher run, and which then has the loss between their features.
 
     names: of modules that both models have. Of a quantized layer with an input quantizer it is the input that is
@@ -31,42 +32,25 @@ class Taps:
 
     def __init__(self, student: nn.Module, teacher: nn.Module, names: Sequence[str]) -> None:
         check_teacher(student, teacher)
-        known = [name for name, _ in teacher.named_modules()]
-        for name in names:
-            if name not in known or name not in dict(student.named_modules()):
-                raise TrainingError(f"no module {name!r} to tap{nearest(name, known)}; it must be in both models")
-        if not names:
-            raise TrainingError("no modules to tap are named: give the blocks that feed the head")
-        self.student, self.teacher, self.names = student, teacher.requires_grad_(False), tuple(names)
-        self._handles: list[Any] = []
-        self._seen: dict[str, list[Tensor]] = {}
-        self._targets: dict[str, list[Tensor]] = {}
+        super().__init__(student, teacher.requires_grad_(False), names)
         # by the id of a feature: itself, so that the id stays its own, and the input quantizer of what takes it in
         self._takers: dict[int, tuple[Tensor, Quantizer]] = {}
 
     def __enter__(self) -> Taps:
-        self._seen, self._targets, self._takers = {}, {}, {}
+        self._takers = {}
         self.teacher.eval()
-        for name in self.names:
-            self._tap(name, self.student, self._seen)
-            self._tap(name, self.teacher, self._targets)
+        super().__enter__()
         for module in self.student.modules():
             if isinstance(module, QuantizedLayer) and module.input_quantizer is not None:
                 self._handles.append(module.register_forward_pre_hook(self._note_taker))
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _tap(self, name: str, model: nn.Module, into: dict[str, list[Tensor]]) -> None:
+    def _tap(self, name: str, model: nn.Module, found: list[Any]) -> None:
         module, layer = model.get_submodule(name), self.student.get_submodule(name)
-        found = into.setdefault(name, [])
         if isinstance(layer, QuantizedLayer) and layer.input_quantizer is not None:
             self._handles.append(module.register_forward_pre_hook(lambda m, args: found.append(args[0])))
         else:
-            self._handles.append(module.register_forward_hook(lambda m, args, y: found.append(y)))
+            super()._tap(name, model, found)
 
     def _note_taker(self, layer: Any, args: tuple[Any, ...]) -> None:
         if args:
@@ -81,13 +65,7 @@ class Taps:
         """Return (teacher's feature, student's, quantizer behind it) of each tap, in the order of the names."""
         found = []
         for name in self.names:
-            mine, theirs = self._seen[name], self._targets[name]
-            if not mine or len(mine) != len(theirs):
-                raise TrainingError(
-                    f"tap {name!r} ran {len(mine)} times in the student and {len(theirs)} times in the teacher: inside "
-                    "the context, call the student and then teach(batch), once each"
-                )
-            for student, teacher in zip(mine, theirs):
+            for student, teacher in self.runs(name):
                 if not isinstance(student, Tensor) or student.ndim < 3:
                     raise TrainingError(f"tap {name!r} is no feature map [N, C, ...]: tap another module")
                 if id(student) not in self._takers:

@@ -25,7 +25,8 @@ FREE = ("checkpoint_every", "keep", "progress")  # do not change what a run comp
 class FitConfig:
     """How to train. Give either ``epochs`` or ``max_steps``; a step is one update of the weights.
 
-    lr, weight_decay: of the weights; quantizer parameters see ``parameter_groups``. optimizer: "sgd" (momentum 0.9) or
+    lr, weight_decay: of the weights; quantizer_lr: of quantizers' parameters, as a share of lr; decay_all: biases and
+    norms decay, too (``parameter_groups``). optimizer: "sgd" (momentum 0.9) or
     "adamw". accumulate: batches a step. clip: largest L2 norm of the gradient, None: not clipped. schedule: "cosine"
     (to 0 at the last step) or "constant", behind ``warmup_steps`` steps of linear warm-up. ema: decay of an
     exponential moving average of the weights, which is then what is evaluated and what ``fit`` leaves in the model;
@@ -38,6 +39,8 @@ class FitConfig:
     max_steps: int | None = None
     lr: float = 0.01
     weight_decay: float = 1e-4
+    quantizer_lr: float = 1.0
+    decay_all: bool = True
     optimizer: Literal["sgd", "adamw"] = "sgd"
     accumulate: int = 1
     clip: float | None = None
@@ -63,8 +66,9 @@ class FitConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise TrainingError(f"{name} must be at least {least}, got {value!r}")
-        if not 0 < self.lr < float("inf"):
-            raise TrainingError(f"lr must be above 0 and finite, got {self.lr!r}")
+        for name in ("lr", "quantizer_lr"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise TrainingError(f"{name} must be above 0 and finite, got {getattr(self, name)!r}")
         if self.clip is not None and not self.clip > 0:
             raise TrainingError(f"clip must be above 0 (None: no clipping), got {self.clip!r}")
         if self.ema is not None and not 0 < self.ema < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ class Ema:
     """An average of the floating-point parameters of ``model``, with ``decay`` a step; buffers are not averaged.
 
     It starts with the parameters as they are after the first step: a quantizer may set its range during that step.
+    ``renew`` has some of them start anew.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -24,10 +25,15 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the present parameters."""
-        if not self._average:
-            self._average = {n: p.detach().clone() for n, p in self._parameters.items()}
-        else:
-            self._update(list(self._average.values()), list(self._parameters.values()), 0)
+        if self._average:
+            self._update(list(self._average.values()), [self._parameters[n] for n in self._average], 0)
+        missing = {n: p for n, p in self._parameters.items() if n not in self._average}
+        self._average |= {n: p.detach().clone() for n, p in missing.items()}
+
+    def renew(self, names: Iterable[str]) -> None:
+        """Forget the average of these parameters: what they were has no meaning any more."""
+        for name in names:
+            self._average.pop(name, None)
 
     @torch.no_grad()
     def copy_to_model(self) -> None:

@@ -18,20 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fewbits.errors import CheckpointError, TrainingError
+from fewbits.errors import TrainingError
 from fewbits.plan import Plan
-from fewbits.train import rng
-from fewbits.train.checkpoint import Checkpoints, prepare_folder
+from fewbits.train.checkpoint import Checkpoints
 from fewbits.train.config import FitConfig
 from fewbits.train.data import BatchSource, as_batches
-from fewbits.train.ema import Ema
 from fewbits.train.hooks import Hook
-from fewbits.train.launch import launch, require_calibrated
+from fewbits.train.launch import launch
 from fewbits.train.log import MetricsLog, progress_bar, scalars
-from fewbits.train.optim import make_optimizer, make_schedule
-from fewbits.train.state import TrainState, plan_data
+from fewbits.train.staging import Loss as Loss
+from fewbits.train.staging import OneStage, Staged
+from fewbits.train.start import first_state, open_folder, steps_per_epoch
+from fewbits.train.state import TrainState
 
-Loss = Callable[[nn.Module, Any], Tensor]
 Evaluate = Callable[[nn.Module], Mapping[str, Any]]
 
 
@@ -58,6 +57,7 @@ def fit(
     hooks: Sequence[Hook] = (),
     plan: Plan | None = None,
     stage: str = "train",
+    stages: Staged | None = None,
     resume: bool = False,
 ) -> FitResult:
     """Train ``model`` in place.
@@ -65,9 +65,10 @@ def fit(
     batches: a ``BatchSource`` (``Batches``), or a torch DataLoader, which is then shuffled by ``config.seed``.
     loss: (model, batch) -> scalar, the mean over the batch. evaluate: model in eval mode -> metrics, run without
     gradients after every epoch and at the end; single numbers are logged. out: folder for ``metrics.jsonl``,
-    ``tensorboard/`` and ``checkpoints/``; None: nothing is written. resume: go on from the last good checkpoint in
-    ``out`` (from the start where there is none yet), given the same arguments and a model of the same architecture.
-    Seeds the global random number generators.
+    ``tensorboard/`` and ``checkpoints/``; None: nothing is written. stage: name of the run in its log. stages: a
+    curriculum, each stage with an optimizer and a schedule of its own; None: all is trained at once. resume: go on
+    from the last good checkpoint in ``out`` (from the start where there is none yet), given the same arguments and a
+    model of the same architecture. Seeds the global random number generators.
 
     Raises TrainingError for what cannot be run and for a loss or gradient that is not finite; CheckpointError for a
     folder that cannot be written or that holds another run, and where checkpoints are damaged.
@@ -75,64 +76,17 @@ def fit(
     started = time.perf_counter()
     folder = None if out is None else Path(out)
     fabric = launch(config)
-    checkpoint = None if folder is None else _open(fabric, folder, config, resume)
+    checkpoint = None if folder is None else open_folder(fabric, folder, config, resume)
     source = as_batches(batches, config.seed).for_rank(fabric.global_rank, fabric.world_size)
-    state = _start(fabric, model, source, config, hooks, plan, stage)
-    run = _Run(state, source, loss, evaluate, folder, checkpoint)
-    run.train()
+    course = stages or OneStage()
+    try:
+        course.start(model, config.total_steps(steps_per_epoch(source, config)), loss)
+        state = first_state(fabric, model, source, config, hooks, plan, stage, course, fresh=checkpoint is None)
+        run = _Run(state, source, evaluate, folder, checkpoint)
+        run.train()
+    finally:
+        course.leave()
     return FitResult(state.step, dict(state.metrics), state.plan, run.checkpoint, time.perf_counter() - started)
-
-
-def _open(fabric: Any, folder: Path, config: FitConfig, resume: bool) -> Path | None:
-    """Prepare the folder and return the checkpoint to go on from."""
-    found = None
-    if fabric.is_global_zero:
-        prepare_folder(folder / "checkpoints")
-        checkpoints = Checkpoints(folder / "checkpoints", config.keep)
-        if resume:
-            found = checkpoints.last_good()
-        elif checkpoints.paths() or (folder / "metrics.jsonl").exists():
-            raise CheckpointError(
-                f"{folder} holds a run already; go on with it (resume=True), or choose another output folder"
-            )
-    where: Path | None = fabric.broadcast(found)
-    return where
-
-
-def _start(
-    fabric: Any,
-    model: nn.Module,
-    source: BatchSource,
-    config: FitConfig,
-    hooks: Sequence[Hook],
-    plan: Plan | None,
-    stage: str,
-) -> TrainState:
-    """Set up everything as it is before the first step."""
-    require_calibrated(model, fabric.world_size)
-    rng.seed_all(config.seed, fabric.global_rank)
-    model.train()
-    module = fabric.setup_module(model)
-    optimizer = make_optimizer(model, config)
-    steps_per_epoch = -(-len(source) // config.accumulate)
-    total = config.total_steps(steps_per_epoch)
-    given = {
-        "config": config.identity(),
-        "batches": source.identity(),
-        "plan": plan_data(plan),
-        "stage": stage,
-        "hooks": [type(hook).__name__ for hook in hooks],
-        "device": fabric.device.type,
-        "processes": fabric.world_size,
-    }
-    state = TrainState(
-        fabric, config, model, module, optimizer, make_schedule(optimizer, config, total),
-        None if config.ema is None else Ema(model, config.ema),
-        tuple(hooks), plan, stage, steps_per_epoch, total, given,
-    )  # fmt: skip
-    state.call("on_start")
-    state.call("on_stage_change", stage)
-    return state
 
 
 class _Run:
@@ -142,15 +96,13 @@ class _Run:
         self,
         state: TrainState,
         source: BatchSource,
-        loss: Loss,
         evaluate: Evaluate | None,
         folder: Path | None,
         checkpoint: Path | None,
     ) -> None:
-        self.state, self.source, self.loss, self.evaluate = state, source, loss, evaluate
+        self.state, self.source, self.evaluate = state, source, evaluate
         self.checkpoint = checkpoint
         self.log: MetricsLog | None = None
-        self.optimizer = state.fabric.setup_optimizers(state.optimizer)
         self.checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", state.config.keep)
         resume_at = None if checkpoint is None else self._resume(checkpoint)
         if folder is not None and state.fabric.is_global_zero:
@@ -170,6 +122,8 @@ class _Run:
             progress = stack.enter_context(progress_bar(state.config.progress and state.fabric.is_global_zero))
             task = progress.add_task(state.stage, total=state.total_steps, completed=state.step, status="")
             while state.step < state.total_steps:
+                if state.step == state.stages.ends[state.part]:
+                    self._next_stage()
                 self._step()
                 self._after_step()
                 progress.update(task, completed=state.step, status=self._status())
@@ -180,10 +134,17 @@ class _Run:
         evaluated = [f"{name} {value:.4g}" for name, value in list(self.state.metrics.items())[:1]]
         return "  ".join([f"loss {self.state.loss:.4g}", *evaluated])
 
+    def _next_stage(self) -> None:
+        state = self.state
+        state.begin(state.part + 1, fresh=True)
+        state.announce()
+
     def _step(self) -> None:
         """One update of the weights."""
         state = self.state
         state.logs.clear()
+        if len(state.stages.ends) > 1:
+            state.logs["curriculum/stage"] = state.part + 1
         state.call("before_step")
         state.loss = self._backward()
         self._require_finite("loss", state.loss)
@@ -191,11 +152,11 @@ class _Run:
         state.logs["lr"] = state.optimizer.param_groups[0]["lr"]
         if state.config.clip is not None:
             norm = state.fabric.clip_gradients(
-                state.module, self.optimizer, max_norm=state.config.clip, error_if_nonfinite=False
+                state.module, state.stepper, max_norm=state.config.clip, error_if_nonfinite=False
             )
             state.logs["grad_norm"] = float(norm)
             self._require_finite("gradient norm", float(norm))
-        self.optimizer.step()
+        state.stepper.step()
         state.schedule.step()
         if state.ema is not None:
             state.ema.update()
@@ -208,11 +169,11 @@ class _Run:
         state, fabric = self.state, self.state.fabric
         first = state.step % state.steps_per_epoch * state.config.accumulate
         indices = range(first, min(first + state.config.accumulate, len(self.source)))
-        total = torch.zeros((), device=fabric.device)
+        loss, total = state.stages.losses[state.part], torch.zeros((), device=fabric.device)
         for index in indices:
             batch = fabric.to_device(self.source.batch(state.epoch, index))
             with fabric.no_backward_sync(state.module, enabled=index != indices[-1]):
-                value = self._checked(self.loss(state.module, batch)) / len(indices)
+                value = self._checked(loss(state.module, batch)) / len(indices)
                 fabric.backward(value)
             total += value.detach()
         return float(fabric.all_reduce(total, reduce_op="mean"))

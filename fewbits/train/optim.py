@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from fewbits.errors import TrainingError
 from fewbits.train.config import FitConfig
 
 OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
@@ -23,28 +24,44 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, m) for name, m in model.named_modules() if getattr(type(m), "is_quantizer", False))
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, *, quantizer_lr: float = 1.0, decay_all: bool = True
+) -> list[dict[str, Any]]:
     """Return parameter groups for any torch optimizer: the quantizers' parameters apart, without weight decay.
 
-    A quantizer's ``lr_scale`` (default 1.0) multiplies ``lr``; each scale has a group. All other parameters, norms and
-    biases too, are in the first group with ``lr`` and ``weight_decay``, as in a plain recipe.
+    quantizer_lr and a quantizer's own ``lr_scale`` (default 1.0) multiply ``lr``; each scale has a group. All other
+    parameters, norms and biases too, are in the first group with ``lr`` and ``weight_decay``, as in a plain recipe;
+    decay_all False: those of one axis or none have a group without decay. What does not require grad is left out.
     """
     scales: dict[nn.Parameter, float] = {}
     for _, quantizer in quantizers(model):
-        scale = float(getattr(quantizer, "lr_scale", 1.0))
+        scale = quantizer_lr * float(getattr(quantizer, "lr_scale", 1.0))
         scales.update((p, scale) for p in quantizer.parameters() if p not in scales)
     plain = [p for p in model.parameters() if p not in scales]
-    groups = [{"name": "weights", "params": plain, "lr": lr, "weight_decay": weight_decay}]
+    decaying = [p for p in plain if decay_all or p.ndim > 1]
+    groups: list[dict[str, Any]] = [{"name": "weights", "params": decaying, "lr": lr, "weight_decay": weight_decay}]
+    if not decay_all:
+        rest = [p for p in plain if p.ndim <= 1]
+        groups.append({"name": "norms and biases", "params": rest, "lr": lr, "weight_decay": 0.0})
     for scale in sorted(set(scales.values())):
         members = [p for p in scales if scales[p] == scale]
         groups.append({"name": f"quantizers x{scale:g}", "params": members, "lr": lr * scale, "weight_decay": 0.0})
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
     return [group for group in groups if group["params"]]
 
 
 def make_optimizer(model: nn.Module, config: FitConfig) -> Optimizer:
-    """Return the optimizer that ``config`` asks for, over ``parameter_groups``."""
+    """Return the optimizer that ``config`` asks for, over ``parameter_groups``.
+
+    Raises TrainingError where no parameter requires grad.
+    """
     cls, options = OPTIMIZERS[config.optimizer]
-    groups = parameter_groups(model, config.lr, config.weight_decay)
+    groups = parameter_groups(
+        model, config.lr, config.weight_decay, quantizer_lr=config.quantizer_lr, decay_all=config.decay_all
+    )
+    if not groups:
+        raise TrainingError("nothing can be trained: no parameter of the model requires grad; unfreeze some")
     return cls(groups, lr=config.lr, **options)  # type: ignore[call-arg]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from fewbits.train import rng
 from fewbits.train.config import FitConfig
 from fewbits.train.ema import Ema
 from fewbits.train.hooks import Hook
+from fewbits.train.optim import make_optimizer, make_schedule
+from fewbits.train.staging import OneStage
 
 FORMAT = 1
 
@@ -25,7 +28,8 @@ FORMAT = 1
 class TrainState:
     """What hooks see and checkpoints hold.
 
-    model: the bare model; module: the same one as the loop calls it (device, precision, DDP). step: updates done.
+    model: the bare model; module: the same one as the loop calls it (device, precision, DDP). optimizer, stepper: bare
+    and as the loop calls it. stages: what is trained when; part: the present one, from 0. step: updates done.
     loss: of the last step, mean over its batches and all processes. logs: what hooks want logged for this step.
     metrics: numbers of the last evaluation. given: what a resumed run must have in common with this one.
     """
@@ -33,9 +37,7 @@ class TrainState:
     fabric: Any
     config: FitConfig
     model: nn.Module
-    module: Any
-    optimizer: Optimizer
-    schedule: LambdaLR
+    stages: OneStage
     ema: Ema | None
     hooks: Sequence[Hook]
     plan: Plan | None
@@ -43,6 +45,11 @@ class TrainState:
     steps_per_epoch: int
     total_steps: int
     given: dict[str, Any]
+    module: Any = field(init=False)
+    optimizer: Optimizer = field(init=False)
+    stepper: Any = field(init=False)
+    schedule: LambdaLR = field(init=False)
+    part: int = 0
     step: int = 0
     loss: float = float("nan")
     logs: dict[str, float] = field(default_factory=dict)
@@ -52,6 +59,24 @@ class TrainState:
     def epoch(self) -> int:
         """The epoch of the next step, from 0."""
         return self.step // self.steps_per_epoch
+
+    def begin(self, part: int, *, fresh: bool) -> None:
+        """Begin a stage, with an optimizer and a schedule of its own; fresh False: a checkpoint of it is to follow."""
+        self.part = part
+        self.stages.enter(part)
+        self.module = self.fabric.setup_module(self.model)
+        if fresh:
+            self.stages.calibrate(part, self.fabric.to_device)
+            if self.ema is not None:
+                self.ema.renew(self.stages.renewed(part))
+        self.optimizer = make_optimizer(self.model, self.config)
+        begun, end = [0, *self.stages.ends][part : part + 2]
+        self.schedule = make_schedule(self.optimizer, self.config, end - begun)
+        self.stepper = self.fabric.setup_optimizers(self.optimizer)
+
+    def announce(self) -> None:
+        """Tell the hooks that a stage has begun."""
+        self.call("on_stage_change", self.stages.name(self.part, self.stage))
 
     def call(self, method: str, *args: Any) -> None:
         """Call a method of all hooks."""
@@ -83,6 +108,10 @@ class TrainState:
                 "fewbits that wrote it"
             )
         _require_same(state["given"], self.given, source)
+        part = bisect_left(self.stages.ends, state["step"])  # the stage that its last step was in
+        if part != self.part:
+            self.begin(part, fresh=False)
+            self.announce()
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:

@@ -390,6 +390,19 @@ def test_calibrate_starts_anew_each_time_and_takes_any_kind_of_batch(x: Tensor) 
     assert scales[0] == scales[1] == scales[2] == scales[4] != scales[3]
 
 
+def test_calibrate_only_some_layers_beside_others_as_they_are(net: Net, x: Tensor) -> None:
+    plan = TensorPlan(4, symmetric=False)
+    quantize(net, Plan((("*", LayerPlan(weight=TensorPlan(4), input=plan)),)), verbose=False)
+    calibrate(net, [x])
+    names = list(quantized_layers(net))
+    before = {n: t.clone() for n, t in net.state_dict().items() if isinstance(t, Tensor)}
+    calibrate(net, [3 * x], only=names[-1:])
+    changed = {n for n, t in net.state_dict().items() if isinstance(t, Tensor) and not torch.equal(t, before[n])}
+    assert changed and all(n.startswith(f"{names[-1]}.input_quantizer") for n in changed)
+    with pytest.raises(QuantizationError, match=f"no quantized layer '{names[-1]}x' to calibrate; did you mean"):
+        calibrate(net, [x], only=[f"{names[-1]}x"])
+
+
 def test_calibrate_without_batches_is_an_error_and_keeps_the_ranges(net: Net, x: Tensor) -> None:
     calibrate(quantize(net, ALL, verbose=False), [x])
     want = net(x)
