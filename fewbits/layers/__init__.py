@@ -1,6 +1,6 @@
 """Quantized twins of layers, and swapping them in and out."""
 
-from fewbits.layers import attention, twins
+from fewbits.layers import attention, detr_attention, twins
 from fewbits.layers.balance import balance_fusion, remove_fusion
 from fewbits.layers.base import QuantizedLayer, activation_quantizers, quantizes, twin_class
 from fewbits.layers.ends import open_ends
@@ -28,8 +28,8 @@ from fewbits.layers.watch import Watch
 
 __all__ = [
     "BalancedFusion", "FusionSettings", "FusionSite", "QuantizedLayer", "Watch", "activation_quantizers", "attention",
-    "balance_fusion", "calibrate", "call", "dequantize", "describe", "find_sites", "float_class", "freeze_fusion",
-    "fusion_nodes", "fusion_numbers", "in_eval", "open_ends", "print_table", "quantizable", "quantize",
+    "balance_fusion", "calibrate", "call", "dequantize", "describe", "detr_attention", "find_sites", "float_class",
+    "freeze_fusion", "fusion_nodes", "fusion_numbers", "in_eval", "open_ends", "print_table", "quantizable", "quantize",
     "quantized_layers", "quantizes", "reestimate_batch_norms", "register_attention", "remove_fusion", "report_layers",
     "set_mode", "settle_bits", "settle_fusion", "twin_class", "twins", "update_fusion", "wrap_owners",
 ]  # fmt: skip

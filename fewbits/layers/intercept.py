@@ -28,6 +28,11 @@ TRANSFORMERS = (  # of these, attn_implementation "sdpa" and "eager" are both un
     "detr.modeling_detr.DetrSelfAttention",
     "detr.modeling_detr.DetrCrossAttention",
     "owlvit.modeling_owlvit.OwlViTAttention",
+    "owlv2.modeling_owlv2.Owlv2Attention",
+    "swin.modeling_swin.SwinAttention",
+    "omdet_turbo.modeling_omdet_turbo.OmDetTurboMultiheadAttention",
+    "grounding_dino.modeling_grounding_dino.GroundingDinoMultiheadAttention",
+    "mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoMultiheadAttention",
 )
 
 

@@ -123,6 +123,8 @@ def test_the_loss_of_a_layer_by_its_formula() -> None:
     assert torch.allclose(detr_loss(found, TARGETS), both)
 
 
-def test_labels_without_a_text_are_told() -> None:
+def test_what_does_not_fit_is_told() -> None:
+    with pytest.raises(TrainingError, match="not finite: lower the learning rate"):
+        layer_loss(said(0).logits * float("nan"), said(0).boxes, TARGETS, SIZE)
     with pytest.raises(DataError, match="label 4 has no text"):
         detr_loss(said(0, texts=4), TARGETS)

@@ -1,0 +1,95 @@
+"""Tiny detectors of the transformers library with weights by chance."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewbits.tasks.open_vocabulary.omdet import OmDetTurbo
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[Any]:
+    """Import transformers without its remarks on ids of tokens that tiny vocabularies do not have."""
+    transformers = pytest.importorskip("transformers")
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield transformers
+    finally:
+        logger.setLevel(before)
+
+
+def swin(transformers: Any) -> Any:
+    return transformers.SwinConfig(
+        image_size=64,
+        patch_size=4,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 2, 2, 4],
+        window_size=4,
+        out_indices=[2, 3, 4],
+    )
+
+
+def omdet() -> OmDetTurbo:
+    """Return OmDet-Turbo with two decoder layers and three texts."""
+    with quiet() as transformers:
+        text = transformers.CLIPTextConfig(
+            vocab_size=64,
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            eos_token_id=63,
+            bos_token_id=62,
+        )
+        config = transformers.OmDetTurboConfig(
+            backbone_config=swin(transformers),
+            text_config=text,
+            apply_layernorm_after_vision_backbone=False,
+            text_projection_in_dim=24,
+            text_projection_out_dim=24,
+            class_embed_dim=24,
+            task_encoder_hidden_dim=32,
+            num_queries=12,
+            encoder_in_channels=[16, 32, 64],
+            d_model=32,
+            encoder_attention_heads=4,
+            encoder_dim_feedforward=32,
+            vision_features_channels=[32, 32, 32],
+            decoder_hidden_dim=32,
+            decoder_num_heads=4,
+            decoder_num_layers=2,
+            decoder_dim_feedforward=32,
+            decoder_num_points=2,
+        )
+        model = transformers.OmDetTurboForObjectDetection(config)
+    return OmDetTurbo(shaken(model).eval(), token_ids(), token_ids()[:1], torch.ones(1, 5, dtype=torch.int64))
+
+
+def token_ids() -> Tensor:
+    """Return the ids of three texts, each ended by the token of the largest id."""
+    return torch.tensor([[1, 5, 9, 4, 63], [2, 6, 8, 3, 63], [1, 7, 9, 3, 63]])
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """Return the model with no weight at zero, as the library starts what predicts boxes and where attention looks."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p)
+    return model
+
+
+def images(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, 64, 64)
