@@ -101,7 +101,9 @@ def check_plan(
             budget = budget.model_copy(update={"average_bits": 8.0})
         changes |= {"budget": budget, "search": None}
     quick = recipe.model_copy(update=changes)
-    quantize(copy.deepcopy(model), make_plan(model, quick, example, batches, loss, groups), verbose=False)
+    trial = quantize(copy.deepcopy(model), make_plan(model, quick, example, batches, loss, groups), verbose=False)
+    if recipe.curriculum is not None:
+        recipe.curriculum.settings().check(trial)
 
 
 def _decide(

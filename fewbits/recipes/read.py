@@ -100,8 +100,9 @@ def _explain(error: ErrorDetails) -> str:
 
 def _fields(section: type[BaseModel], path: Iterable[int | str]) -> list[str]:
     """Return the keys of the mapping at ``path``."""
-    for part in path:
-        annotation = section.model_fields[str(part)].annotation
-        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    for part in (p for p in path if isinstance(p, str)):  # numbers are places in a list of sections
+        annotation = section.model_fields[part].annotation
+        several = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is list
+        options = typing.get_args(annotation) if several else (annotation,)
         section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
     return list(section.model_fields)

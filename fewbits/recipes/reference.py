@@ -28,20 +28,25 @@ def reference() -> str:
     from fewbits.recipes.read import names
 
     parts = [HEAD.format(names=", ".join(f"`{n}`" for n in names())), _table("The file", Recipe)]
-    for section in _sections():
-        keys = [name for name, field in Recipe.model_fields.items() if _section(field) is section]
+    for section, keys in _sections(Recipe).items():
         parts.append(_table(" and ".join(f"`{k}`" for k in keys), section))
     return "\n".join(parts)
 
 
-def _sections() -> list[type[BaseModel]]:
-    found = [_section(field) for field in Recipe.model_fields.values()]
-    return list(dict.fromkeys(section for section in found if section is not None))
+def _sections(of: type[BaseModel], prefix: str = "") -> dict[type[BaseModel], list[str]]:
+    """Return the sections in a section, at any depth, each with the keys that hold one."""
+    found: dict[type[BaseModel], list[str]] = {}
+    for name, field in of.model_fields.items():
+        if (section := _section(field)) is not None:
+            found.setdefault(section, []).append(prefix + name)
+            found |= _sections(section, f"{prefix}{name}.")
+    return found
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
     annotation = field.annotation
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    several = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is list
+    options = typing.get_args(annotation) if several else (annotation,)
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 

@@ -28,11 +28,12 @@ from fewbits.recipes.planning import check_plan, make_plan
 from fewbits.recipes.results import write_result
 from fewbits.recipes.schema import Alignment, Export, Fusion, Recipe, Training
 from fewbits.recipes.searching import search, search_entry
+from fewbits.recipes.staging import check_stages, stages_of
 from fewbits.recipes.task import Pair
 from fewbits.recipes.tasks import load_task
 from fewbits.recipes.widths import learn_bits
 from fewbits.report.text import measure, metric
-from fewbits.train import BalanceFusion, Batches, FairnessRamp, Hook, fit
+from fewbits.train import BalanceFusion, Batches, FairnessRamp, Hook, Staged, fit
 from fewbits.train.loop import Loss
 
 Say = Callable[[str], None]
@@ -113,6 +114,7 @@ class _Run:
         if training is not None:
             check_plan(self.model, self.recipe, *self.measured_on())
             check_fusion(self.model, self.recipe, self.task.sample(2))
+            check_stages(self.recipe, self.task)
             self.fit(training, "float", self.folder / "float")
         return self.measure(self.model)
 
@@ -163,7 +165,8 @@ class _Run:
             if (learned := self.recipe.learned_bits) is not None:
                 shape = functools.partial(model_shape, teacher, self.task.sample(1))
                 hooks.append(learn_bits(self.model, learned, self.made_plan, shape))
-            self.fit(qat, "train", self.folder.path, self.made_plan, loss, hooks)
+            stages = stages_of(self.recipe, self.task)
+            self.fit(qat, "train", self.folder.path, self.made_plan, loss, hooks, stages)
         return self.trained()
 
     def weighed(self, loss: Loss, teacher: nn.Module, batch_size: int) -> Alignment:
@@ -284,6 +287,7 @@ class _Run:
         plan: Plan | None = None,
         loss: Loss | None = None,
         hooks: Sequence[Hook] = (),
+        stages: Staged | None = None,
     ) -> None:
         """Train the model from where it is, or from the last checkpoint in ``out``; loss: None for the task's."""
         task, size = self.task, self.recipe.evaluate.batch_size
@@ -299,6 +303,7 @@ class _Run:
             plan=plan,
             stage=stage,
             hooks=hooks,
+            stages=stages,
             resume=True,
         )
         self.model.cpu()

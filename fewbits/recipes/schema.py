@@ -76,6 +76,10 @@ class Updates(Section):
     """Learning rate at its highest."""
     weight_decay: float = 1e-4
     """Weight decay; quantizer parameters have none."""
+    quantizer_lr: Positive = 1.0
+    """Learning rate of quantizer parameters (steps, zero points), as a share of `lr`."""
+    decay_all: bool = True
+    """Whether weight decay is for biases and norms, too."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd (momentum 0.9) or adamw."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -259,6 +263,45 @@ class Alignment(Section):
         from fewbits.losses import AttentionAlignment
 
         return AttentionAlignment(**self.options)
+
+
+class StageRules(Section):
+    """One stage of a curriculum."""
+
+    quantize: Annotated[list[str], Field(min_length=1)]
+    """Submodules that are quantized and trained from this stage on, by name, such as `backbone`; all below them, too,
+    but for what another stage names."""
+    share: Positive
+    """Share of the steps of qat; shares add up to 1."""
+
+
+class CurriculumRules(Section):
+    """What is quantized and trained when, in qat: each stage adds modules, and has an optimizer and a schedule of its
+    own; what is not reached yet stays in float and frozen (curriculum.md)."""
+
+    stages: list[StageRules]
+    """The stages, in their order."""
+    norms: Literal["train", "frozen"] = "train"
+    """Batch norms of modules that are reached train as usual, or all keep their statistics (frozen)."""
+    frozen: list[str] = []
+    """Submodules that stay in float and frozen to the end."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> CurriculumRules:
+        from fewbits.errors import TrainingError
+
+        try:
+            self.settings()
+        except TrainingError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def settings(self) -> Any:
+        """Return the ``Curriculum``. Raises TrainingError for one that cannot be."""
+        from fewbits.train import Curriculum, Stage
+
+        stages = [Stage(**stage.model_dump()) for stage in self.stages]
+        return Curriculum(stages, norms=self.norms, frozen=self.frozen)
 
 
 class Fairness(Section):
@@ -455,6 +498,8 @@ class Recipe(Section):
     """Quantization-aware training; null: calibration only."""
     fusion: Fusion | None = None
     """Balance the branches of fusion nodes in qat; null: leave them plain."""
+    curriculum: CurriculumRules | None = None
+    """Quantize and train the parts of the model one after the other in qat; null: all at once."""
     fairness: Fairness | None = None
     """Train for the group that is served worst, too; null: for the mean alone."""
     learned_bits: LearnedBits | None = None
@@ -502,7 +547,12 @@ class Recipe(Section):
             raise ValueError("fairness is for classification, and not together with alignment")
         if (self.learned_bits is not None) != (self.plan.quantizer == "learnable_bits"):
             raise ValueError("learned_bits and plan.quantizer learnable_bits need each other: give both or neither")
-        for name in ("fusion", "alignment"):
+        if self.float_training is not None and self.float_training.quantizer_lr != 1:
+            raise ValueError("float_training.quantizer_lr: a float model has no quantizers, leave it out")
+        for other in ("fusion", "alignment", "learned_bits"):
+            if self.curriculum is not None and getattr(self, other) is not None:
+                raise ValueError(f"curriculum and {other} do not go together: drop one of them")
+        for name in ("fusion", "alignment", "curriculum"):
             if getattr(self, name) is None:
                 continue
             if self.qat is None:
