@@ -5,8 +5,10 @@ import torch
 
 from fewbits.errors import DataError
 from fewbits.tasks.detection import DetectionExamples
+from fewbits.tasks.open_vocabulary import composed
 from fewbits.tasks.open_vocabulary.composed import DARK, OUTLINES, PATTERNS, RGB, SHADE, compose, composed_examples
 from fewbits.tasks.open_vocabulary.words import COLOURS, NUMBERS, SHAPES, TEXTURES, Composition, World
+from fewbits.tasks.scenes import digit_crops
 
 SMALL = World(shapes=("circle", "square", "ring"), colours=("red", "green", "blue"), digits=NUMBERS[:4])
 
@@ -35,7 +37,7 @@ def test_every_word_of_a_novel_class_is_in_base_classes_of_its_kind(seed: int) -
 def test_which_classes_are_novel_and_frequent_follows_from_the_seed() -> None:
     assert World(seed=1).groups == World(seed=1).groups
     assert World(seed=1).groups["novel"] != World(seed=2).groups["novel"]
-    assert World(seed=1).groups["rare"] != World(seed=2).groups["rare"]
+    assert World(novel=0.0, seed=1).groups["rare"] != World(novel=0.0, seed=2).groups["rare"]
 
 
 def test_groups_are_thirds_of_a_long_tail() -> None:
@@ -74,6 +76,15 @@ def test_a_scene_depends_on_world_seed_split_and_index_only() -> None:
     assert not torch.equal(few[0].image, few[1].image)
     assert not torch.equal(few[0].image, compose(SMALL, "train", 1, seed=4)[0].image)
     assert not torch.equal(few[0].image, compose(SMALL, "test", 1, seed=3)[0].image)
+
+
+def test_test_scenes_have_ground_and_digits_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    alike = World(shapes=(), novel=0.0, tail=0.0)  # both splits show the same classes equally often
+    assert not torch.equal(compose(alike, "train", 1)[0].image, compose(alike, "test", 1)[0].image)
+    asked = list[str]()
+    monkeypatch.setattr(composed, "digit_crops", lambda split: asked.append(split) or digit_crops(split))
+    compose(alike, "test", 3)
+    assert set(asked) == {"test"}
 
 
 def test_boxes_are_tight_around_ink_of_their_colour() -> None:
