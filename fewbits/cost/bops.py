@@ -18,7 +18,7 @@ def bops(plan: Plan, shape: ModelShape) -> int:
     """
     if not shape.ran:
         raise PlanError("bit operations need MACs: take the shape with an example, model_shape(model, example)")
-    decided = plan.resolve(shape.names, shape.outputs)
+    decided = shape.resolve(plan)
     return sum(layer_bops(layer, decided.get(layer.name)) for layer in shape.layers)
 
 

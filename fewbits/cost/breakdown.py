@@ -84,7 +84,7 @@ def hardware_cost(
     """
     if not any(layer.macs + layer.operand_macs for layer in shape.layers):
         raise HardwareError("energy and latency need MACs: take the shape with an example, model_shape(model, example)")
-    decided, cycles = plan.resolve(shape.names, shape.outputs), cycles or {}
+    decided, cycles = shape.resolve(plan), cycles or {}
     rows = tuple(_row(layer, decided.get(layer.name), hardware, cycles.get(layer.name)) for layer in shape.layers)
     engine = hardware.engine
     if isinstance(engine, MacArray):

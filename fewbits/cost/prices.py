@@ -64,7 +64,7 @@ def bit_prices(
 def _with_bits(plan: Plan, shape: ModelShape, names: tuple[str, ...], bits: int) -> Plan:
     """Return the plan of every layer, ``names`` with this width and the quantizer that they settle to."""
     rules: list[tuple[str, LayerPlan | None]] = []
-    for name, layer in plan.resolve(shape.names, shape.outputs).items():
+    for name, layer in shape.resolve(plan).items():
         if name in names and layer is not None and layer.weight is not None:
             weight = dataclasses.replace(layer.weight, bits=bits, quantizer="maxabs", options={}, channel_bits=None)
             layer = dataclasses.replace(layer, weight=weight)

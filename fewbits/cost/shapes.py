@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from fewbits.cost.observe import Seen, observe
 from fewbits.errors import QuantizationError
 from fewbits.layers import float_class, quantizable, twin_class
 from fewbits.layers.swap import layer_weight, output_only
+from fewbits.plan import LayerPlan, Plan
 from fewbits.quantizers import Quantizer
 
 
@@ -73,10 +74,25 @@ class ModelShape:
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(layer.name for layer in self.layers))
 
+    def resolve(self, plan: Plan) -> dict[str, LayerPlan | None]:
+        """Return what a plan decides for each layer that it names; of a glob rule, what the layer has, as ``quantize``
+        does. Raises PlanError for a rule that matches nothing."""
+        layers = {layer.name: layer for layer in self.layers}
+        return plan.resolve(self.names, self.outputs, lambda name, given: _supported(layers[name], given))
+
     @property
     def numel(self) -> int:
         """Elements of all quantizable weights, shared ones once."""
         return sum(layer.numel for layer in self.layers if not layer.shared)
+
+
+def _supported(layer: LayerShape, plan: LayerPlan) -> LayerPlan:
+    return replace(
+        plan,
+        weight=plan.weight if layer.weight_shape else None,
+        input=plan.input if layer.has_input else None,
+        operands=plan.operands if layer.heads or layer.operand_macs else None,
+    )
 
 
 def model_shape(model: nn.Module, example: Any = None) -> ModelShape:

@@ -68,7 +68,7 @@ def size(plan: Plan, shape: ModelShape) -> Size:
     Raises PlanError for a rule that matches no layer. A shape that was taken with an example counts every batch norm
     that directly follows a quantized layer as folded, as ``pack`` does when it is given an example.
     """
-    decided = plan.resolve(shape.names, shape.outputs)
+    decided = shape.resolve(plan)
     rows = tuple(layer_size(layer, decided.get(layer.name) or FLOAT) for layer in shape.layers)
     outputs = sum(activation_bytes((decided.get(name) or FLOAT).output) for name in shape.outputs)
     return Size(rows, fixed_bytes(shape) + outputs, average_weight_bits(decided, shape))

@@ -160,6 +160,8 @@ def twin_class(float_class: type[nn.Module]) -> type[QuantizedLayer] | None:
 
 
 def _make_twin(float_class: Any) -> type[QuantizedLayer] | None:
+    if issubclass(float_class, QuantizedLayer):
+        return None  # a twin has no twin, whether its mixin has a forward or leaves the float one
     for base in float_class.__mro__:
         mixin = TWINS.get(type_name(base))
         if mixin is not None:

@@ -40,13 +40,11 @@ class MaxSigmoidAttention(nn.Module):
         query = self.operand("query", torch.unflatten(x, 1, (self.heads, -1)).flatten(3).mT)  # [B, heads, H W, d]
         guide: Tensor = self.guide(texts)
         key = self.operand("key", split_heads(guide, self.heads).mT)  # [.., heads, d, T]
-        best: Tensor | None = None
-        for some in torch.split(key, TEXTS_AT_ONCE, -1):
-            score = (query @ some).amax(-1)
-            best = score if best is None else torch.maximum(best, score)
-        assert best is not None
+        best = (query @ key[..., :TEXTS_AT_ONCE]).amax(-1)
+        for start in range(TEXTS_AT_ONCE, key.shape[-1], TEXTS_AT_ONCE):
+            best = torch.maximum(best, (query @ key[..., start : start + TEXTS_AT_ONCE]).amax(-1))
         gate = (best * self.head_width**-0.5 + self.bias[:, None]).sigmoid()  # [B, heads, H W]
-        gate = gate.reshape(len(x), self.heads, 1, *x.shape[-2:])
+        gate = gate.reshape(x.shape[0], self.heads, 1, *x.shape[-2:])
         y: Tensor = self.norm(self.project(x))
         gated: Tensor = torch.unflatten(y, 1, (self.heads, -1)) * gate
         return gated.flatten(1, 2)
@@ -82,7 +80,7 @@ class ImagePoolingAttention(nn.Module):
         """Return [B, T, D]. texts: [T, D]."""
         maps = [pooled(reduce(x)) for reduce, x in zip(self.reduce, features)]
         tokens = torch.cat(maps, 1)  # [B, 27, width]
-        query = split_heads(self.query(texts), self.heads).expand(len(tokens), -1, -1, -1)
+        query = split_heads(self.query(texts), self.heads).expand(tokens.shape[0], -1, -1, -1)
         key, value = (split_heads(layer(tokens), self.heads) for layer in (self.key, self.value))
         seen = F.scaled_dot_product_attention(query, key, value)
         found: Tensor = self.out(seen.transpose(1, 2).flatten(2))
@@ -103,8 +101,8 @@ def pooled(x: Tensor) -> Tensor:
     It is adaptive max pooling by its definition: runtimes have none for sizes that do not divide by 3.
     """
     rows, columns = ([(i * n // CELLS, -(-(i + 1) * n // CELLS)) for i in range(CELLS)] for n in x.shape[-2:])
-    cells = [x[..., top:bottom, left:right].amax((-2, -1)) for top, bottom in rows for left, right in columns]
-    return torch.stack(cells, 1)
+    x = torch.stack([x[..., top:bottom, :].amax(-2) for top, bottom in rows], -2)
+    return torch.stack([x[..., left:right].amax(-1) for left, right in columns], -1).flatten(2).mT
 
 
 class Baked(nn.Module):

@@ -61,7 +61,7 @@ def placeholder(texts: int, text_width: int = 512) -> Vocabulary:
 def detector_cost(model: OpenVocabularyDetector, plan: Plan, height: int = SIDE, width: int = SIDE) -> DetectorCost:
     """Return what a detector, quantized or not, costs under a plan with its vocabulary, for one image."""
     shape = model_shape(model, torch.zeros(1, 3, height, width, device=model.texts.device))
-    decided = {name: found or LayerPlan() for name, found in plan.resolve(shape.names, shape.outputs).items()}
+    decided = {name: found or LayerPlan() for name, found in shape.resolve(plan).items()}
     pairs = [(layer, decided.get(layer.name, LayerPlan())) for layer in shape.layers]
     quantized = [(layer, given.weight) for layer, given in pairs if given.weight is not None]
     region_text = model.texts.numel() * sum((height // s) * (width // s) for s in STRIDES)
