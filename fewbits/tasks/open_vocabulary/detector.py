@@ -159,10 +159,11 @@ class OpenVocabularyDetector(nn.Module):
         self.baked = vocabulary
         return self.train(training)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """See the class. Raises DataError for sides that are no multiples of 32."""
+    def forward(self, images: Tensor, regions: bool = False) -> Tensor | Regions:
+        """See the class; regions: all that ``predict`` returns. Raises DataError for sides that are no multiples of
+        32."""
         found = self.predict(images)
-        return torch.cat([found.boxes, found.logits.sigmoid()], 2)
+        return found if regions else torch.cat([found.boxes, found.logits.sigmoid()], 2)
 
     def predict(self, images: Tensor, texts: Tensor | None = None) -> Regions:
         """Return what the heads say of every point.

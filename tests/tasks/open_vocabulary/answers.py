@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,4 +38,4 @@ def boxes_of(sides: Tensor, points: Tensor, strides: Tensor) -> Tensor:
 
 def with_sides(found: Regions, sides: Tensor) -> Regions:
     """Return the answer with other sides, and the boxes that follow."""
-    return dataclasses.replace(found, sides=sides, boxes=boxes_of(sides, found.points, found.strides))
+    return found._replace(sides=sides, boxes=boxes_of(sides, found.points, found.strides))

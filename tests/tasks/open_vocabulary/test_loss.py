@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -115,7 +114,7 @@ def test_the_loss_falls_to_the_entropy_of_the_soft_targets_where_the_answer_is_r
     right = with_sides(found, sides.expand(3, -1, -1, -1))
     logits = torch.full_like(found.logits, -12.0)
     logits[..., 2] = 12.0
-    got = detection_loss(dataclasses.replace(right, logits=logits), targets)
+    got = detection_loss(right._replace(logits=logits), targets)
     assert float(got.boxes) < 1e-3 and float(got.total) < 0.6 * float(detection_loss(found, targets).total)
 
 
@@ -123,7 +122,7 @@ def test_without_objects_classes_alone_are_taught() -> None:
     found = answer(4)
     for targets in (TARGETS[:, :0], torch.full((3, 2, 5), -1.0)):
         sides, logits = found.sides.clone().requires_grad_(), found.logits.clone().requires_grad_()
-        loss = detection_loss(dataclasses.replace(with_sides(found, sides), logits=logits), targets)
+        loss = detection_loss(with_sides(found, sides)._replace(logits=logits), targets)
         loss.total.backward()
         assert loss.boxes.item() == loss.sides.item() == 0.0 and not sides.grad.any()
         assert (logits.grad > 0).all()
