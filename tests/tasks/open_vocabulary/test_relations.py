@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,12 +16,12 @@ from tests.tasks.open_vocabulary.answers import TARGETS, answer
 
 def moved(found: Regions, by: float) -> Regions:
     embeddings = found.embeddings + by * torch.randn(found.embeddings.shape)
-    return dataclasses.replace(found, embeddings=embeddings, logits=3 * F.normalize(embeddings, dim=-1) @ found.texts.T)
+    return found._replace(embeddings=embeddings, logits=3 * F.normalize(embeddings, dim=-1) @ found.texts.T)
 
 
 def test_it_is_distilled_where_the_teacher_finds_the_objects() -> None:
     student, teacher = answer(0), answer(1)
-    student = dataclasses.replace(student, embeddings=student.embeddings.clone().requires_grad_())
+    student = student._replace(embeddings=student.embeddings.clone().requires_grad_())
     loss = distillation(student, teacher, TARGETS)
     loss.backward()
     labels = positives(teacher, TARGETS)
