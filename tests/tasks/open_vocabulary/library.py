@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewbits.tasks.open_vocabulary.grounding import GroundingDino
 from fewbits.tasks.open_vocabulary.omdet import OmDetTurbo
+from fewbits.tasks.open_vocabulary.owl import OwlDetector
 
 
 @contextlib.contextmanager
@@ -76,6 +78,53 @@ def omdet() -> OmDetTurbo:
         )
         model = transformers.OmDetTurboForObjectDetection(config)
     return OmDetTurbo(shaken(model).eval(), token_ids(), token_ids()[:1], torch.ones(1, 5, dtype=torch.int64))
+
+
+PROMPT = torch.tensor([[101, 7, 1012, 8, 9, 1012, 20, 1012, 102]])  # three phrases, the second of two tokens
+
+
+def grounding(family: str) -> GroundingDino:
+    """Return "GroundingDino" or "MMGroundingDino" with two layers of each kind and three texts."""
+    with quiet() as transformers:
+        text = transformers.BertConfig(
+            vocab_size=1040, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        )
+        config = getattr(transformers, f"{family}Config")(
+            backbone_config=swin(transformers),
+            text_config=text,
+            num_queries=10,
+            d_model=32,
+            encoder_layers=1,
+            encoder_ffn_dim=32,
+            encoder_attention_heads=4,
+            decoder_layers=2,
+            decoder_ffn_dim=32,
+            decoder_attention_heads=4,
+            num_feature_levels=4,
+            encoder_n_points=2,
+            decoder_n_points=2,
+            max_text_len=16,
+            dropout=0.0,
+            fusion_dropout=0.0,
+            fusion_droppath=0.0,
+            text_enhancer_dropout=0.0,
+            auxiliary_loss=True,
+        )
+        model = getattr(transformers, f"{family}ForObjectDetection")(config)
+    return GroundingDino(shaken(model).eval(), PROMPT)
+
+
+def owl(family: str) -> OwlDetector:
+    """Return "OwlViT" or "Owlv2" with 16 patches and three texts."""
+    with quiet() as transformers:
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = getattr(transformers, f"{family}Config")(
+            text_config={**sizes, "vocab_size": 64, "max_position_embeddings": 16},
+            vision_config={**sizes, "image_size": 64, "patch_size": 16},
+            projection_dim=32,
+        )
+        model = getattr(transformers, f"{family}ForObjectDetection")(config)
+    return OwlDetector(shaken(model).eval(), token_ids(), torch.ones_like(token_ids()))
 
 
 def token_ids() -> Tensor:
