@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewbits.layers import calibrate, quantize
+from fewbits.plan import Plan
+from fewbits.tasks.open_vocabulary.adapters import LibraryDetector, library_policy
 from fewbits.tasks.open_vocabulary.grounding import GroundingDino
 from fewbits.tasks.open_vocabulary.omdet import OmDetTurbo
 from fewbits.tasks.open_vocabulary.owl import OwlDetector
@@ -138,6 +143,27 @@ def shaken(model: nn.Module) -> nn.Module:
         for p in model.parameters():
             p += 0.05 * torch.randn_like(p)
     return model
+
+
+def quantize_in_haste(detector: LibraryDetector, batch: Tensor) -> LibraryDetector:
+    """Quantize by the policy and calibrate, with the range of inputs and operands seen instead of a search for it.
+
+    Any warning, such as of layers that no batch reaches, is an error.
+    """
+    rules = []
+    for name, layer in library_policy(detector):
+        assert layer is not None
+        quick = {
+            part: dataclasses.replace(plan, range="minmax")
+            for part in ("input", "operands")
+            if (plan := getattr(layer, part)) is not None
+        }
+        rules.append((name, dataclasses.replace(layer, **quick)))
+    quantize(detector, Plan(tuple(rules)), verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(detector, [batch])
+    return detector
 
 
 def images(count: int = 2) -> Tensor:

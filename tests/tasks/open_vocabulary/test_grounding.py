@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import importlib
-import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fewbits.errors import DataError
-from fewbits.layers import calibrate, quantize, quantized_layers
+from fewbits.layers import quantized_layers
 from fewbits.losses import pkd
-from fewbits.tasks.open_vocabulary.adapters import library_policy
 from fewbits.tasks.open_vocabulary.grounding import GroundingDino, phrase_tokens
 from fewbits.tasks.open_vocabulary.queries import query_distillation
-from tests.tasks.open_vocabulary.library import PROMPT, grounding, images
+from tests.tasks.open_vocabulary.library import PROMPT, grounding, images, quantize_in_haste
 
 FAMILIES = ("GroundingDino", "MMGroundingDino")
 TARGETS = torch.tensor(
@@ -84,10 +82,7 @@ def test_a_batch_without_objects_has_a_loss() -> None:
 def quantized() -> GroundingDino:
     torch.manual_seed(0)
     detector = grounding("GroundingDino")
-    quantize(detector, library_policy(detector), verbose=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # such as of layers that no batch reaches
-        calibrate(detector, [images()])
+    quantize_in_haste(detector, images())
     return detector
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
@@ -11,12 +10,11 @@ import torch
 from torch import nn
 
 from fewbits.errors import DataError
-from fewbits.layers import calibrate, quantize, quantized_layers
-from fewbits.tasks.open_vocabulary.adapters import library_policy
+from fewbits.layers import quantized_layers
 from fewbits.tasks.open_vocabulary.detr_loss import detr_loss
 from fewbits.tasks.open_vocabulary.omdet import OmDetTurbo
 from fewbits.tasks.open_vocabulary.queries import query_distillation
-from tests.tasks.open_vocabulary.library import images, omdet, token_ids
+from tests.tasks.open_vocabulary.library import images, omdet, quantize_in_haste, token_ids
 
 TARGETS = torch.tensor(
     [[[0.0, 4.0, 4.0, 40.0, 30.0], [2.0, 20.0, 30.0, 60.0, 60.0]], [[1.0, 8.0, 0.0, 30.0, 60.0], [-1.0, 0, 0, 0, 0]]]
@@ -58,10 +56,7 @@ def test_its_modules_hold_every_trained_parameter() -> None:
 def quantized() -> OmDetTurbo:
     torch.manual_seed(0)
     detector = omdet()
-    quantize(detector, library_policy(detector), verbose=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # such as of layers that no batch reaches
-        calibrate(detector, [images()])
+    quantize_in_haste(detector, images())
     return detector
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
 from torch import nn
 
 from fewbits.errors import DataError
-from fewbits.layers import calibrate, quantize, quantized_layers
+from fewbits.layers import quantize, quantized_layers
 from fewbits.losses import pkd
 from fewbits.tasks.open_vocabulary.adapters import library_policy
 from fewbits.tasks.open_vocabulary.owl import OwlDetector
 from fewbits.tasks.open_vocabulary.queries import query_distillation
-from tests.tasks.open_vocabulary.library import images, omdet, owl, token_ids
+from tests.tasks.open_vocabulary.library import images, omdet, owl, quantize_in_haste, token_ids
 
 FAMILIES = ("OwlViT", "Owlv2")
 TARGETS = torch.tensor([[[0.0, 4, 4, 40, 30], [2, 20, 30, 60, 60]], [[1, 8, 0, 30, 60], [-1.0, 0, 0, 0, 0]]])
@@ -37,10 +36,7 @@ def test_it_answers_as_the_library_does(family: str) -> None:
 def test_a_quantized_one_learns_from_labels_and_teacher(family: str) -> None:
     teacher, x = owl(family), images()
     student = copy.deepcopy(teacher)
-    quantize(student, library_policy(student), verbose=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        calibrate(student, [x])
+    quantize_in_haste(student, x)
     student.train()
     with torch.no_grad():
         theirs = teacher.predict(x)
