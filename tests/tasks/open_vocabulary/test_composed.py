@@ -79,11 +79,11 @@ def test_a_scene_depends_on_world_seed_split_and_index_only() -> None:
 
 
 def test_test_scenes_have_ground_and_digits_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    alike = World(shapes=(), novel=0.0, tail=0.0)  # both splits show the same classes equally often
+    alike = World(digits=(), novel=0.0, tail=0.0)  # both splits show the same classes equally often
     assert not torch.equal(compose(alike, "train", 1)[0].image, compose(alike, "test", 1)[0].image)
     asked = list[str]()
     monkeypatch.setattr(composed, "digit_crops", lambda split: asked.append(split) or digit_crops(split))
-    compose(alike, "test", 3)
+    compose(World(), "test", 6)
     assert set(asked) == {"test"}
 
 
