@@ -56,6 +56,13 @@ def test_the_page_on_fusion(capsys: pytest.CaptureFixture[str]) -> None:
     assert names["report"].folded == names["report"].constant_norm
 
 
+def test_the_page_on_curricula() -> None:
+    names = run("docs/curriculum.md")
+    assert names["evaluate"](names["student"], names["test"])["top1"] > 60
+    stages, task = names["curriculum"].stages, names["cross_entropy"]
+    assert names["stage_loss"](stages[0], task)(names["student"], names["train"].gather([0, 1])) > 0
+
+
 def test_the_page_on_language(capfd: pytest.CaptureFixture[str]) -> None:
     names = run("docs/language.md")
     assert names["generate"](names["packed"], names["prompt"], 20).shape == (1, 26)
@@ -66,6 +73,13 @@ def test_the_page_on_detection() -> None:
     names = run("docs/detection.md")
     assert names["loss"].item() > 0 and set(names["metrics"]["per_class"]) == set("0123456789")
     assert names["found"].boxes.shape == (len(names["found"].labels), 4)
+
+
+def test_the_page_on_open_vocabulary() -> None:
+    names = run("docs/open_vocabulary.md")
+    images = names["images"]
+    assert names["outputs"].shape == (2, 84, 6) and names["packed"](images).shape == (2, 84, 7)
+    torch.testing.assert_close(names["deployed"](images), names["packed"](images))
 
 
 def test_the_page_on_segmentation() -> None:

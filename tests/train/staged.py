@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 
 from fewbits.allocate import uniform_plan
 from fewbits.layers import calibrate, quantize
-from fewbits.train import Batches, Curriculum, FitConfig, Stage, Staged
+from fewbits.train import Batches, Curriculum, FitConfig, Stage, Staged, fit
 
 
 class Blobs:
@@ -98,3 +101,18 @@ def config(**changes: Any) -> FitConfig:
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def train_rank(rank: int, world: int, port: int, out: Path) -> None:
+    """Train in two stages as one of ``world`` processes, as torchrun would start it; leave the weights of each."""
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+            GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
+        )  # fmt: skip
+    model = quantized()
+    model.head[5].p = 0.0  # random numbers differ by process, as do the statistics of its share of a batch
+    curriculum = dataclasses.replace(TWO, norms="frozen")
+    fit(model, batches(), cross_entropy, config(clip=1.0), stages=staged(curriculum))
+    torch.save(model.state_dict(), out / f"{rank}_of_{world}.pt")
