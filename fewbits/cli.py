@@ -40,7 +40,9 @@ SmokeRun = Annotated[bool, typer.Option("--smoke", help="A few steps on a few ex
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
 Target = Annotated[Path, typer.Argument(help="Folder of a run, or a packed file in one.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime and PyTorch.")]
-Model = Annotated[str, typer.Argument(help="E.g. resnet20, gpt2, torchvision:NAME, timm:NAME, transformers:NAME.")]
+Model = Annotated[
+    str, typer.Argument(help="E.g. resnet20, gpt2, torchvision:NAME, timm:NAME, transformers:NAME, yolo-world:l.")
+]
 Input = Annotated[str | None, typer.Option("--input", help="Shape of an image, C,H,W, or tokens.  [default: by model]")]
 Classes = Annotated[int | None, typer.Option(min=2, help="Classes, or tokens of the vocabulary.  [default: by model]")]
 ActBits = Annotated[int | None, typer.Option(help="Bits of activations.  [default: float]")]
@@ -143,7 +145,12 @@ def cost(
     act_bits: ActBits = None,
     first_last: FirstLast = 8,
     plan: Annotated[Path | None, typer.Option(help="A plan.json, in place of uniform bits.")] = None,
-    hardware: Annotated[str, typer.Option(help="int8_mac, shift_add, cpu, npu, or a YAML file.")] = "shift_add",
+    policy: Annotated[str | None, typer.Option(help="Of yolo-world:SIZE: bits W-A-Att, such as 4-4-8.")] = None,
+    vocabulary: Annotated[int | None, typer.Option(min=1, help="Of yolo-world:SIZE: texts.  [default: 80]")] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help="int8_mac, shift_add, cpu, npu, or a YAML file.  [default: shift_add; none of yolo-world]"),
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="File with float weights.  [default: random]")] = None,
     input_shape: Input = None,
     classes: Classes = None,
@@ -155,12 +162,18 @@ def cost(
     """
     with _answer(as_json) as answer:
         from fewbits.recipes.models import cost as cost_of
-        from fewbits.recipes.models import named_model, plan_for
+        from fewbits.recipes.models import is_open_detector, plan_for, weighed_model
 
-        built, example = named_model(model, classes, _numbers("--input", input_shape), weights)
-        chosen = plan_for(built, plan, weight_bits, act_bits, first_last)
+        is_open = is_open_detector(model)
+        if vocabulary is not None and not is_open:
+            raise typer.BadParameter(f"--vocabulary is for yolo-world:SIZE, got {model!r}; see --classes")
+        hardware = hardware if hardware or is_open else "shift_add"
+        count = classes if vocabulary is None else vocabulary
+        built, example = weighed_model(model, count, _numbers("--input", input_shape), weights, hardware)
+        chosen = plan_for(built, plan, weight_bits, act_bits, first_last, policy)
         found = cost_of(built, example, chosen, hardware)
-        found["hardware"]["weights"] = weights or "random"
+        if hardware:
+            found["hardware"]["weights"] = weights or "random"
         answer.update({"model": model, "input": list(example.shape[1:])}, **found)
         answer.shown = lambda: _show_cost(answer.data, model)
 
@@ -338,8 +351,17 @@ def _show_cost(data: dict[str, Any], title: str) -> None:
         f"(float {data['float_bytes']:,}, {data['float_bytes'] / data['bytes']:.1f}x); {data['bops']:,} bit operations",
         highlight=False,
     )
+    if "detector" in data:
+        console.print(_detector_line(data["detector"], data["texts"]), highlight=False)
     if hardware:
         console.print(_hardware_line(data, hardware), highlight=False)
+
+
+def _detector_line(found: dict[str, Any], texts: int) -> str:
+    return (
+        f"with {texts:,} texts, as published work counts: {found['mib']:.2f} MiB (float {found['float_mib']:.2f}), "
+        f"{found['tbops']:.2f}e12 bit operations (float {found['float_tbops']:.2f}e12)"
+    )
 
 
 def _cycles(row: dict[str, Any]) -> str:

@@ -60,6 +60,7 @@ def test_wrong_usage_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> Non
     assert call(capsys, "runn", "digits")[0] == 2
     assert call(capsys, "cost", "resnet20", "--input", "3.32.32")[0] == 2
     assert call(capsys, "export", "x", "--mode", "tiny")[0] == 2
+    assert call(capsys, "cost", "resnet20", "--vocabulary", "3")[0] == 2
 
 
 def test_the_cost_of_resnet50_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +92,19 @@ def test_a_language_model_writes(capsys: pytest.CaptureFixture[str], tmp_path: P
     capsys.readouterr()  # the table of layers
     found = answer(capsys, "bench", str(tmp_path / "run"), "--generate", "The ", "--tokens", "5")
     assert found["prompt"] == "The " and found["tokens"] == 5 and found["tokens_per_second"] > 0
+
+
+def test_the_cost_of_an_open_vocabulary_detector(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("cost", "yolo-world:l", "--policy", "4-4-8", "--vocabulary", "1203")
+    found = answer(capsys, *given)
+    detector = found["detector"]
+    assert found["texts"] == 1203 and detector["parameters"] == 47_553_954
+    assert (round(detector["mib"], 2), round(detector["tbops"], 2)) == (24.32, 8.18)
+    outside = detector["macs"]["region_text"] * 32 * 32
+    assert found["bops"] + outside == pytest.approx(detector["tbops"] * 1e12)
+    assert "hardware" not in found and sum(row["macs"] for row in found["layers"]) == found["macs"]
+    code, out, _ = call(capsys, "cost", "yolo-world:nano", "--input", "3,64,64", "--hardware", "npu", "--act-bits", "8")
+    assert code == 0 and "with 80 texts, as published work counts" in out and "npu: " in out
 
 
 def test_an_allocation_becomes_a_plan_that_cost_reads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -128,6 +142,10 @@ def test_an_allocation_on_hardware_is_told_as_cost_tells_it(capsys: pytest.Captu
         (["allocate", "reference_cnn", "--energy-uj", "3"], "energy_uj needs hardware="),
         (["allocate", "reference_cnn", "--energy-uj", "3", "--hardware", "cpus"], "did you mean 'cpu'"),
         (["allocate", "reference_cnn", "--average-bits", "3", "--method", "sigm"], "did you mean 'sigma'"),
+        (["cost", "yolo-world:xl"], "got 'xl'; did you mean 'x'"),
+        (["cost", "yolo-world:s", "--policy", "4-4"], "such as 4-4-8; got '4-4'"),
+        (["cost", "yolo-world:s", "--input", "3,60,60"], "sides in multiples of 32, got [3, 60, 60]"),
+        (["cost", "reference_cnn", "--policy", "4-4-8"], "is for an OpenVocabularyDetector, got a ReferenceCNN"),
         (["cost", "resnet21"], "'resnet21' is not among fewbits' own models; did you mean"),
         (["cost", "reference_cnn", "--weight-bits", "9"], "weight_bits must be one of"),
         (["cost", "reference_cnn", "--hardware", "npu"], "needs products of float, this hardware runs [4, 8, 16]"),

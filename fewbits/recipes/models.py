@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ from fewbits.recipes.images import find_weights
 from fewbits.tasks.detector import SIZES, STRIDES, own_detector
 from fewbits.tasks.language import LIBRARY, build_language_model, is_language_model
 from fewbits.tasks.models import build_model
+from fewbits.tasks.open_vocabulary.cost import SIDE, TEXTS, detector_cost, placeholder
+from fewbits.tasks.open_vocabulary.detector import OpenVocabularyDetector
+from fewbits.tasks.open_vocabulary.policy import parse_policy, policy_4_4_8
+from fewbits.tasks.open_vocabulary.sizes import size_of
 from fewbits.tasks.segmenters import build_segmenter, is_segmenter
 from fewbits.tasks.weights import load_weights
 
@@ -36,6 +41,7 @@ INPUTS = {"reference_cnn": (1, 8, 8)}  # of our own models; the others read CIFA
 OWN_INPUT, OWN_CLASSES = (3, 32, 32), 10
 SEGMENTER_INPUT, SEGMENTER_CLASSES = (3, 256, 256), 21  # the classes of Pascal VOC, as torchvision's models have them
 DETECTOR_INPUT, DETECTOR_CLASSES = (3, 320, 320), 80  # COCO's classes
+OPEN_DETECTOR, OPEN_DETECTOR_INPUT = "yolo-world:", (3, SIDE, SIDE)
 WINDOW = 1024  # the most tokens of a language model's example
 
 
@@ -53,6 +59,8 @@ def named_model(
         return _segmenter(name, classes, input_shape, weights)
     if name in SIZES:
         return _detector(name, classes, input_shape, weights)
+    if is_open_detector(name):
+        return _open_detector(name, classes, input_shape, weights)
     library = ":" in name
     shape = tuple(input_shape or (LIBRARY_INPUT if library else INPUTS.get(name, OWN_INPUT)))
     torch.manual_seed(0)
@@ -76,14 +84,52 @@ def _segmenter(
 def _detector(
     name: str, classes: int | None, input_shape: Sequence[int] | None, weights: str | None
 ) -> tuple[nn.Module, Tensor]:
-    shape = tuple(input_shape or DETECTOR_INPUT)
-    if len(shape) != 3 or shape[0] != 3 or any(side % STRIDES[-1] for side in shape[1:]):
-        raise RecipeError(f"{name!r} reads 3 x H x W with sides in multiples of {STRIDES[-1]}, got {list(shape)}")
+    shape = _detector_input(name, input_shape or DETECTOR_INPUT)
     torch.manual_seed(0)
     model, path = own_detector(name, classes or DETECTOR_CLASSES), _file(weights)
     if path is not None:
         load_weights(model, path)
     return model.eval(), torch.zeros(1, *shape)
+
+
+def _detector_input(name: str, input_shape: Sequence[int]) -> tuple[int, ...]:
+    if len(input_shape) != 3 or input_shape[0] != 3 or any(side % STRIDES[-1] for side in input_shape[1:]):
+        raise RecipeError(f"{name!r} reads 3 x H x W with sides in multiples of {STRIDES[-1]}, got {list(input_shape)}")
+    return tuple(input_shape)
+
+
+def is_open_detector(name: str) -> bool:
+    """Tell whether this is ``yolo-world:SIZE``, a detector of any texts."""
+    return name.startswith(OPEN_DETECTOR)
+
+
+def _open_detector(
+    name: str, texts: int | None, input_shape: Sequence[int] | None, weights: str | None, device: str = "cpu"
+) -> tuple[OpenVocabularyDetector, Tensor]:
+    """Build an open-vocabulary detector for so many texts, whose meaning does not matter; on "meta" without memory."""
+    shape = _detector_input(name, input_shape or OPEN_DETECTOR_INPUT)
+    size_of(name.removeprefix(OPEN_DETECTOR))
+    vocabulary, path = placeholder(texts or TEXTS), _file(weights)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model, example = OpenVocabularyDetector(name.removeprefix(OPEN_DETECTOR), vocabulary), torch.zeros(1, *shape)
+    if path is not None:
+        load_weights(model, path)
+    return model.eval(), example
+
+
+def weighed_model(
+    name: str,
+    classes: int | None,
+    input_shape: Sequence[int] | None,
+    weights: str | None,
+    hardware: str | None,
+) -> tuple[nn.Module, Tensor]:
+    """Build a model to take its costs, as ``named_model`` does; an open-vocabulary detector without memory for its
+    weights, unless a file of them or hardware is named, that may look at them."""
+    if is_open_detector(name) and weights is None and hardware is None:
+        return _open_detector(name, classes, input_shape, None, "meta")
+    return named_model(name, classes, input_shape, weights)
 
 
 def _language_model(
@@ -116,11 +162,11 @@ def cost(model: nn.Module, example: Tensor, plan: Plan, hardware: str | Path | N
     """Return what a plan costs: layers, weights, bytes, bit operations of one input.
 
     hardware: a name or a file; its cycles, energy and latency then come along. Cycles that a description measures are
-    those of the weights that the model holds.
+    those of the weights that the model holds. Of an open-vocabulary detector comes ``detector_cost``, too.
     """
     described = None if hardware is None else Hardware.load(hardware)
     shape = model_shape(model, example)
-    weighed, decided = size(plan, shape), plan.resolve(shape.names, shape.outputs)
+    weighed, decided = size(plan, shape), shape.resolve(plan)
     layers = [
         {
             "name": layer.name,
@@ -133,7 +179,7 @@ def cost(model: nn.Module, example: Tensor, plan: Plan, hardware: str | Path | N
         }
         for layer, row in zip(shape.layers, weighed.layers)
     ]
-    answer = {
+    answer: dict[str, Any] = {
         "layers": layers,
         "weights": shape.numel,
         "bytes": weighed.total,
@@ -142,6 +188,10 @@ def cost(model: nn.Module, example: Tensor, plan: Plan, hardware: str | Path | N
         "macs": sum(layer.macs + layer.operand_macs for layer in shape.layers),
         "bops": bops(plan, shape),
     }
+    if isinstance(model, OpenVocabularyDetector):
+        height, width = example.shape[-2:]
+        answer["texts"] = len(model.vocabulary)
+        answer["detector"] = asdict(detector_cost(model, plan, height, width))
     return answer if described is None else _on_hardware(answer, described, model, shape, plan)
 
 
@@ -173,7 +223,7 @@ def _float_inputs_fed(hardware: Hardware, shape: ModelShape, plan: Plan) -> int:
     """Return the number of layers whose input the plan leaves in float and the hardware takes as 8 bits."""
     if not isinstance(hardware.engine, MacArray):
         return 0
-    decided = plan.resolve(shape.names, shape.outputs)
+    decided = shape.resolve(plan)
     found = (decided.get(layer.name) for layer in shape.layers if layer.macs)
     return sum(layer is None or layer.input is None for layer in found)
 
@@ -188,9 +238,18 @@ def _layer_on_hardware(cost: LayerCost) -> dict[str, Any]:
 
 
 def plan_for(
-    model: nn.Module, plan_file: Path | None, weight_bits: int, act_bits: int | None, first_last: int | None
+    model: nn.Module,
+    plan_file: Path | None,
+    weight_bits: int,
+    act_bits: int | None,
+    first_last: int | None,
+    policy: str | None = None,
 ) -> Plan:
-    """Return the plan in a file, or a uniform one."""
+    """Return the plan in a file, that of a policy W-A-Att of an open-vocabulary detector, or a uniform one."""
+    if policy is not None:
+        if plan_file is not None:
+            raise RecipeError(f"the plan {str(plan_file)!r} and the policy {policy!r} are both given: drop one")
+        return policy_4_4_8(model, *parse_policy(policy))
     if plan_file is not None:
         return Plan.load(plan_file)
     return uniform_plan(model, weight_bits, act_bits, first_last=first_last)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fewbits.cost import LayerShape, ModelShape, arithmetic_bits, layer_size, model_shape, size, stored_bits
+from fewbits.cost import LayerShape, ModelShape, arithmetic_bits, bops, layer_size, model_shape, size, stored_bits
 from fewbits.errors import PlanError
 from fewbits.plan import LayerPlan, Plan, TensorPlan
 
@@ -163,3 +163,16 @@ def test_size_is_that_of_the_packed_file(
     assert before.total == tensor_bytes(model, example if fold else None)
     assert before == size(plan, model_shape(model, example if fold else None))  # quantized or not
     assert before.total == before.codes + before.scales + before.floats
+
+
+def test_a_glob_rule_asks_of_a_layer_what_it_has() -> None:
+    conv = LayerShape("conv", "Conv2d", (5, 3, 3, 3), out_channels=5, macs=10)
+    attention = LayerShape(
+        "attention", "Gate", (), has_input=False, heads=4, operands=("query", "key"), operand_macs=100
+    )
+    shape, operands = ModelShape((conv, attention), ran=True), TensorPlan(8, symmetric=False, granularity="head")
+    plan = Plan((("*", LayerPlan(CHANNEL, TensorPlan(4), operands)),))
+    rows = size(plan, shape).layers
+    assert rows[0].total == -(-135 * 3 // 8) + 5 * 4 + 4
+    assert rows[1].total == 2 * 4 * (4 + 4), "two operands with a scale and a zero point for each of 4 heads"
+    assert bops(plan, shape) == 10 * 3 * 4 + 100 * 8 * 8
