@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fewbits.deploy import pack
 from fewbits.errors import DataError
 from fewbits.layers import quantized_layers
 from fewbits.tasks.open_vocabulary.detr_loss import detr_loss
@@ -81,6 +82,13 @@ def test_the_policy_is_that_of_the_specification(quantized: OmDetTurbo) -> None:
     weights = [p for p in plans.values() if p.weight is not None]
     assert {(p.weight.bits, p.weight.granularity, p.weight.symmetric) for p in weights} == {(4, "channel", True)}  # type: ignore[union-attr]
     assert {(p.input.bits, p.input.granularity, p.input.symmetric) for p in weights} == {(4, "tensor", False)}  # type: ignore[union-attr]
+
+
+def test_packed_it_answers_as_it_was_trained(quantized: OmDetTurbo) -> None:
+    x = images()
+    with torch.no_grad():
+        expected, got = quantized(x), pack(quantized, x)(x)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_it_learns_in_low_bits_and_its_text_encoder_does_not(quantized: OmDetTurbo) -> None:
