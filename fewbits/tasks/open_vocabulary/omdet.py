@@ -6,6 +6,7 @@ Texts are encoded once, past the library's caches, whose entries would keep the 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,7 +100,10 @@ class OmDetTurbo(LibraryDetector):
 @contextlib.contextmanager
 def start_of(decoder: Any, proposals: Proposals | None) -> Iterator[list[Proposals]]:
     """Let the decoder start from given proposals inside the block, or from its own; yields the list that then holds
-    those it started from."""
+    those it started from.
+
+    Anchors are computed anew each time: the library's cache of them would hand tensors of a trace to what runs after.
+    """
     used: list[Proposals] = []
     select = decoder._get_decoder_input
 
@@ -110,7 +114,8 @@ def start_of(decoder: Any, proposals: Proposals | None) -> Iterator[list[Proposa
         return start.content, start.references, *rest
 
     decoder._get_decoder_input = given
+    decoder.generate_anchors = functools.partial(type(decoder).generate_anchors.__wrapped__, decoder)
     try:
         yield used
     finally:
-        del decoder._get_decoder_input
+        del decoder._get_decoder_input, decoder.generate_anchors
