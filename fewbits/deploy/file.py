@@ -31,8 +31,11 @@ FILE_VERSION = 1
 MANIFEST_LIMIT = 1 << 26  # bytes of decompressed manifest that we are willing to read
 
 
-def save(packed: nn.Module, path: str | Path) -> int:
-    """Write a packed model as safetensors; return the bytes of the file. Raises PackedFileError if it cannot."""
+def save(packed: nn.Module, path: str | Path, about: Mapping[str, Any] | None = None) -> int:
+    """Write a packed model as safetensors; return the bytes of the file. Raises PackedFileError if it cannot.
+
+    about: what else the file tells, as JSON has it: how to build the model, say. ``read`` returns it with the manifest.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -47,6 +50,7 @@ def save(packed: nn.Module, path: str | Path) -> int:
         "extra": extra,
         "layers": {name: [m.float_class.__name__, m.layer_plan.to_dict()] for name, m in layers.items()},
         "folded": {norm: [layer, _output_plan(packed, norm)] for norm, layer in _folded(packed).items()},
+        **({"about": dict(about)} if about else {}),
     }
     text = base64.b64encode(zlib.compress(json.dumps(manifest, separators=(",", ":")).encode(), 9)).decode()
     metadata = {"fewbits": text, "sha256": _digest(text, blobs)}
@@ -117,7 +121,8 @@ def _manifest(path: str | Path, text: str) -> dict[str, Any]:
         raise PackedFileError(
             f"{path} has format version {found}, this fewbits reads {FILE_VERSION}: update fewbits or pack again"
         )
-    for key in ("sections", "aliases", "extra", "layers", "folded"):
+    manifest.setdefault("about", {})
+    for key in ("sections", "aliases", "extra", "layers", "folded", "about"):
         if not isinstance(manifest.get(key), dict):
             raise PackedFileError(f"{path}: the manifest lacks {key!r}")
     return manifest

@@ -5,7 +5,8 @@ Rules, one a case (docs/deployment.md tells why):
 * a convolution, or a linear layer with a quantized input: INT8 weights, unsigned 8-bit Q/DQ on the activation,
   whatever the trained width; exact, and what engines run fast ("INT8 box");
 * a linear layer with a float input: INT2, INT4 or INT8 weights, the narrowest that holds the codes;
-* mode "smallest": every weight at the narrowest type, activations fake-quantized in float operators.
+* mode "smallest": every weight at the narrowest type, where channels differ in width each of them; activations
+  fake-quantized in float operators.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from fewbits.deploy.onnx_graph import finish_graph
 from fewbits.deploy.onnx_inputs import emit_quantizer
+from fewbits.deploy.onnx_mixed import EmitMixed
 from fewbits.deploy.onnx_nodes import EmitWeight, emit_layer, refine_for_bias
 from fewbits.deploy.packed import PackedLayer, PackedWeight, packed_class
 from fewbits.errors import ExportError, FewbitsError
@@ -36,7 +38,8 @@ MODES = ("fastest", "smallest")
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written: bytes of the file, its opset and mode, and the weight type of each layer."""
+    """What was written: bytes of the file, its opset and mode, and the weight type of each layer ("INT2+INT8" where its
+    channels have several)."""
 
     path: Path
     file_bytes: int
@@ -58,11 +61,13 @@ def export_onnx(
     if not any(isinstance(layer, PackedLayer) for layer in quantized_layers(packed).values()):
         raise ExportError("export_onnx takes a packed model: call fewbits.pack(model, example) first")
     emitting, example = copy.deepcopy(packed).eval().cpu(), _on_cpu(example)
-    types = _emit(emitting, mode)
-    opset = OPSET_INT2 if any(kind.endswith("INT2") for kind in types.values()) else OPSET
+    weights = _emit(emitting, mode)
+    kinds = {f"{name}.packed.{part}": kind for name, w in weights.items() for part, kind in w.stored().items()}
+    opset = OPSET_INT2 if any(kind.endswith("INT2") for kind in kinds.values()) else OPSET
     proto = trace(emitting, example, opset, dynamic_batch)
-    finish_graph(proto, {f"{name}.packed.codes": kind for name, kind in types.items()}, short=mode == "smallest")
+    finish_graph(proto, kinds, short=mode == "smallest")
     write(proto, path)
+    types = {name: weight.kind for name, weight in weights.items()}
     return ExportReport(Path(path), Path(path).stat().st_size, opset, mode, types)
 
 
@@ -143,21 +148,18 @@ def write(proto: Any, path: str | Path) -> None:
         raise ExportError(f"cannot write {str(path)!r}: {error}") from error
 
 
-def _emit(model: nn.Module, mode: str) -> dict[str, str]:
-    """Replace quantizers and packed weights by what they become in ONNX; return the weight type by layer."""
-    types: dict[str, str] = {}
-    emitted: dict[PackedWeight, EmitWeight] = {}
+def _emit(model: nn.Module, mode: str) -> dict[str, EmitWeight | EmitMixed]:
+    """Replace quantizers and packed weights by what they become in ONNX; return the weights by their first layer."""
+    first: dict[str, EmitWeight | EmitMixed] = {}
+    emitted: dict[PackedWeight, EmitWeight | EmitMixed] = {}
     layers = {name: layer for name, layer in quantized_layers(model).items() if isinstance(layer, PackedLayer)}
     tables = {layer.packed for layer in layers.values() if not layer.is_linear}  # linear layers may share them
     for name, layer in layers.items():
         weight = layer.packed
         linear = layer.is_linear and weight not in tables
         boxed = isinstance(layer.input_quantizer, Uniform) or not linear
-        outputs = weight.shape[layer.channel_axis] if linear else 0
-        kind = weight_type(weight, boxed, mode, outputs)
         if weight not in emitted:
-            emitted[weight] = EmitWeight(_codes(layer, kind), kind=kind, contraction_first=linear)
-            types[name] = emitted[weight].kind
+            emitted[weight] = first[name] = _emitted(layer, mode, boxed=boxed, linear=linear)
         del layer.packed
         layer.packed = emitted[weight]  # type: ignore[assignment]
         layer.__class__ = packed_class(layer.float_class)  # also where it multiplied integers
@@ -167,7 +169,16 @@ def _emit(model: nn.Module, mode: str) -> dict[str, str]:
         for child, module in list(parent.named_children()):
             if isinstance(module, Quantizer) and (module.calibrated or module.dynamic):  # else unused, or it says so
                 setattr(parent, child, emit_quantizer(module, mode == "fastest"))
-    return types
+    return first
+
+
+def _emitted(layer: PackedLayer, mode: str, *, boxed: bool, linear: bool) -> EmitWeight | EmitMixed:
+    """Return what the weight of a layer becomes."""
+    weight = layer.packed
+    if mode == "smallest" and weight.channel_bits is not None:
+        return EmitMixed(weight.get(), weight.channel_bits, contraction_first=linear)
+    kind = weight_type(weight, boxed, mode, weight.shape[layer.channel_axis] if linear else 0)
+    return EmitWeight(_codes(layer, kind), kind=kind, contraction_first=linear)
 
 
 def _codes(layer: PackedLayer, kind: str) -> Codes:

@@ -64,6 +64,10 @@ class EmitWeight(nn.Module):
         self.register_buffer("point", None if point is None else point.contiguous().to(kind_of_codes))
         self.register_buffer("offset", None if offset is None else offset.contiguous())
 
+    def stored(self) -> dict[str, str]:
+        """Return the type of each initializer."""
+        return {"codes": self.kind}
+
     def product(self) -> Tensor:
         """Return the weight but for its offset, [K, N] where contraction_first was asked for."""
         shape = self.codes.shape

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from onnx import TensorProto
 from torch import nn
 
 import fewbits as fb
@@ -90,10 +93,26 @@ def test_cycles_count_each_channel_at_its_width() -> None:
     assert set(plan_cycles(model(), plan(), sample=40)) == set(WIDTHS)
 
 
-def test_onnx_answers_as_packed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["fastest", "smallest"])
+def test_onnx_answers_as_packed(mode: str, tmp_path: Path) -> None:
     _, trained, x = quantized()
     packed = fb.pack(trained, x)
-    fb.export_onnx(packed, tmp_path / "m.onnx", x)
+    report = fb.export_onnx(packed, tmp_path / "m.onnx", x, mode=mode)
     got = torch.from_numpy(open_session(tmp_path / "m.onnx")((x,)))
     with torch.no_grad():
         torch.testing.assert_close(got, packed(x), atol=1e-4, rtol=1e-4)
+    kinds = {"0": "INT2+INT4+INT8", "3": "INT2+INT4"} if mode == "smallest" else dict.fromkeys(WIDTHS, "INT8")
+    assert report.weight_types == kinds
+
+
+def test_onnx_holds_channels_by_their_widths(tmp_path: Path) -> None:
+    _, trained, x = quantized()
+    packed = fb.pack(trained, x)
+    fb.export_onnx(packed, tmp_path / "m.onnx", x, mode="smallest")
+    kinds = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
+    found = dict.fromkeys(kinds, 0)
+    for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer:
+        for bits, kind in kinds.items():
+            if tensor.data_type == kind and len(tensor.dims) > 1:
+                found[bits] += math.prod(tensor.dims)
+    assert found == {2: 18 + 2 * 36, 4: 2 * 18 + 36, 8: 18}, "weights of each type"
