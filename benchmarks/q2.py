@@ -237,26 +237,26 @@ def gains(model: nn.Module) -> dict[str, list[float]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return a line for each task, width, base and arm, of means and deviations over seeds.
+    """Return a line for each task, width, base, rate and arm, of means and deviations over seeds.
 
     The metric before training, after it, and deployed; its gain over plain training, in pairs; the share of the steps
     after which plain training's best is reached; the time of a step; the largest log ratio of a node in the end.
     """
-    cells: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        cells[row["task"], row["width"], row["base"], row["arm"]].append(row)
-    titles = ("task", "width", "base", "arm", "seeds", "before", "trained", "deployed", "against qat",
+        cells[row["task"], row["width"], row["base"], row["lr"], row["arm"]].append(row)
+    titles = ("task", "width", "base", "lr", "arm", "seeds", "before", "trained", "deployed", "against qat",
               "steps to its best", "step time", "log ratio")  # fmt: skip
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     order = list(FUSIONS)
-    for (task, width, base, arm), found in sorted(cells.items(), key=lambda c: (*c[0][:3], order.index(c[0][3]))):
-        metric, plain = METRIC[task], {r["seed"]: r for r in cells.get((task, width, base, "qat"), [])}
+    for (*place, arm), found in sorted(cells.items(), key=lambda c: (*c[0][:-1], order.index(c[0][-1]))):
+        metric, plain = METRIC[place[0]], {r["seed"]: r for r in cells.get((*place, "qat"), [])}
         pairs = [(row, plain[row["seed"]]) for row in found if row["seed"] in plain]
         gain = [final(row, metric) - final(other, metric) for row, other in pairs]
         slower = [row["seconds_a_step"] / other["seconds_a_step"] for row, other in pairs]
         reached = [first_step(row, max(v for _, v in other["curve"])) / row["steps"] for row, other in pairs]
         ratio = [max(abs(values[-1]) for values in row["log_ratios"].values()) for row in found if row["log_ratios"]]
-        told = [task, width, base, arm, str(len(found))]
+        told = [*map(str, place), arm, str(len(found))]
         told += [spread([r["start"][metric] for r in found]), spread([r["end"][metric] for r in found])]
         told += [spread([final(r, metric) for r in found]), "" if arm == "qat" else spread(gain, sign="+")]
         told += [spread(reached), spread(slower), spread(ratio)]
