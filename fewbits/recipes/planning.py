@@ -22,9 +22,11 @@ from fewbits.recipes.schema import PlanRules, Recipe
 from fewbits.tasks.classification import cross_entropy
 from fewbits.tasks.data import Batch
 from fewbits.tasks.language import block_rules
+from fewbits.tasks.open_vocabulary.policy import parse_policy, policy_4_4_8
 from fewbits.train.loop import Loss
 
 Groups = Callable[[], Mapping[str, Iterable[Batch]]]
+GRANULARITY = "act_granularity"
 STYLE = ("act_bits", "first_last", "quantizer", "act_quantizer", "granularity", "block", "range")
 
 
@@ -120,6 +122,8 @@ def _decide(
         return Plan(())
     if given.layer is not None:
         return Plan(tuple(block_rules(model, layer_plan(given.layer))))
+    if given.policy is not None:
+        return _by_policy(model, given)
     if given.file is not None:
         return Plan.load(Path(given.file).expanduser())
     style = given.model_dump(include=set(STYLE))
@@ -137,6 +141,14 @@ def _decide(
     if _completes(given.method):
         options["complete"] = complete
     return allocate(model, budget, method=given.method, example=example, menu=given.menu, **style, **options)
+
+
+def _by_policy(model: nn.Module, given: PlanRules) -> Plan:
+    """Return the plan of a policy W-A-Att. Raises PlanError for an unknown option."""
+    assert given.policy is not None
+    if unknown := [name for name in given.options if name != GRANULARITY]:
+        raise PlanError(f"method 'policy' has no option {unknown[0]!r}; known: {GRANULARITY}: tensor or channel")
+    return policy_4_4_8(model, *parse_policy(given.policy), **given.options)
 
 
 def _outputs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch import nn
 
 import fewbits
 from fewbits.cost import model_shape, size
+from fewbits.layers import quantize
 from fewbits.plan import Plan
 from fewbits.recipes.details import histograms, layer_rows, not_quantized
 from fewbits.recipes.fairly import group_entry
@@ -83,7 +85,7 @@ def write_result(
             "decided_from": dict(plan.decided_from),
         },
         "histograms": histograms(model),
-        "pictures": task.pictures({"float": original, "quantized": model}),
+        "pictures": task.pictures({form: _form(form, folder, model, original) for form in task.forms}),
         "budget": {} if recipe.budget is None else recipe.budget.model_dump(exclude_none=True),
         "environment": environment(),
     }
@@ -100,6 +102,15 @@ def write_result(
     put_json(folder / "result.json", result)
     write_report(folder.path)
     return result
+
+
+def _form(name: str, folder: RunFolder, model: nn.Module, original: nn.Module) -> nn.Module:
+    """Return the model as it is, trained, in float, or as it was before it was trained with its bits."""
+    if name != "calibrated":
+        return original if name == "float" else model
+    before = quantize(copy.deepcopy(original), Plan.load(folder / "plan.json"), verbose=False)
+    before.load_state_dict(folder.state("calibrate"))
+    return before
 
 
 def environment() -> dict[str, Any]:

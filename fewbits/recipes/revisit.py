@@ -76,7 +76,7 @@ def repack(target: Path, to: Path | None) -> dict[str, Any]:
     run = Finished.open(target)
     trained, path = run.trained(), to or run.packed_file
     packed = pack(trained, run.task.sample(2))
-    size = save(packed, path)
+    size = save(packed, path, run.task.about(run.recipe))
     return {"file": str(path), "file_bytes": size, "code_mismatches": code_mismatches(trained, packed)}
 
 
@@ -84,7 +84,7 @@ def reexport(target: Path, mode: str | None, to: Path | None) -> dict[str, Any]:
     """Export the packed model of a run, as ``model.onnx`` or ``to``."""
     run = Finished.open(target)
     path = to or run.folder / "model.onnx"
-    report = export_onnx(run.packed(), path, run.task.sample(2), mode=mode or run.export.mode)
+    report = export_onnx(run.task.deployed(run.packed()), path, run.task.sample(2), mode=mode or run.export.mode)
     return {
         "file": str(path),
         "file_bytes": report.file_bytes,
@@ -100,18 +100,18 @@ def reverify(target: Path, onnx: Path | None, threads: int) -> dict[str, Any]:
     packed, path = run.packed(), onnx or run.folder / "model.onnx"
     if not path.is_file():
         raise ExportError(f"{str(path)!r} does not exist: write it with 'fewbits export', or name another with --onnx")
+    mismatches = code_mismatches(run.trained(), packed) if run.folder.done("train") else None
     float_path = run.folder / "float/model.onnx"
     inputs = (x for x, _ in run.task.test.batches(run.recipe.evaluate.batch_size))
     report = verify(
         path,
-        packed,
+        run.task.deployed(packed),
         inputs,
         float_onnx=float_path if float_path.is_file() else None,
         threads=threads,
         min_agreement=run.export.min_agreement,
         agreement=run.task.agreement,
     )
-    mismatches = code_mismatches(run.trained(), packed) if run.folder.done("train") else None
     if mismatches:
         raise ExportError(f"{run.packed_file} is not what was trained: {mismatches} codes differ; pack it again")
     return {"file": str(path), "code_mismatches": mismatches, **vars(report)}
@@ -138,7 +138,7 @@ def _forms(run: Finished, batch: int, threads: int) -> tuple[dict[str, Callable[
         return forms, first.repeat(batch, *[1] * (first.ndim - 1))
     if not float_file.is_file():
         float_file.parent.mkdir(exist_ok=True)
-        export_float(run.float_model(), float_file, run.task.sample(2))
+        export_float(run.task.deployed(run.float_model()), float_file, run.task.sample(2))
     quantized, original = (open_session(path, threads) for path in (run.folder / "model.onnx", float_file))
     onnx: dict[str, Callable[[Tensor], Any]] = {
         "onnx float": lambda x: original((x,)),
@@ -148,7 +148,8 @@ def _forms(run: Finished, batch: int, threads: int) -> tuple[dict[str, Callable[
 
 
 def _torch_forms(run: Finished) -> dict[str, Callable[[Tensor], Any]]:
-    return {"torch float": run.float_model(), "torch quantized": run.packed()}
+    deployed = run.task.deployed
+    return {"torch float": deployed(run.float_model()), "torch quantized": deployed(run.packed())}
 
 
 def _onnx_alone(path: Path, batch: int, threads: int) -> tuple[dict[str, Callable[[Tensor], Any]], Tensor]:

@@ -28,7 +28,7 @@ from fewbits.recipes.planning import check_plan, make_plan
 from fewbits.recipes.results import write_result
 from fewbits.recipes.schema import Alignment, Export, Fusion, Recipe, Training
 from fewbits.recipes.searching import search, search_entry
-from fewbits.recipes.staging import check_stages, stages_of
+from fewbits.recipes.staging import check_stages, check_terms, stages_of
 from fewbits.recipes.task import Pair
 from fewbits.recipes.tasks import load_task
 from fewbits.recipes.widths import learn_bits
@@ -61,6 +61,7 @@ class _Run:
         self.folder, self.say, self.recipe = folder, say, folder.recipe()
         self.task = load_task(self.recipe)
         check_groups(self.task, self.recipe)
+        check_terms(self.recipe, self.task)
         self.model, notes = self.task.build(self.recipe)
         self.notes = [*self.task.notes, *notes]
         for note in self.notes:
@@ -89,7 +90,7 @@ class _Run:
             self.settle_widths()
         measured["packed"] = self.once("pack", functools.partial(self.pack, original))
         if self.recipe.export is not None:
-            packed = load(self.folder / "model.safetensors", copy.deepcopy(original))
+            packed = self.task.deployed(load(self.folder / "model.safetensors", copy.deepcopy(original)))
             self.once("export", functools.partial(self.export, packed, original, self.recipe.export))
             measured["onnx"] = self.once("verify", functools.partial(self.verify, packed, self.recipe.export))
         notes = [*self.notes, *([found["message"]] if found.get("missed") else [])]
@@ -165,7 +166,7 @@ class _Run:
             if (learned := self.recipe.learned_bits) is not None:
                 shape = functools.partial(model_shape, teacher, self.task.sample(1))
                 hooks.append(learn_bits(self.model, learned, self.made_plan, shape))
-            stages = stages_of(self.recipe, self.task)
+            stages = stages_of(self.recipe, self.task, self.model, teacher)
             self.fit(qat, "train", self.folder.path, self.made_plan, loss, hooks, stages)
         return self.trained()
 
@@ -229,7 +230,7 @@ class _Run:
     def pack(self, original: nn.Module) -> dict[str, Any]:
         """Write the packed file, and hold what is read back from it against the trained model."""
         path = self.folder / "model.safetensors"
-        size = save(pack(self.model, self.task.sample(2)), path)
+        size = save(pack(self.model, self.task.sample(2)), path, self.task.about(self.recipe))
         packed = load(path, copy.deepcopy(original))
         compared = Compared(self.task.agreement)
         pairs = compared.watch(*(self.answers(model) for model in (self.model, pack(self.model), packed)))
@@ -247,7 +248,7 @@ class _Run:
         example, float_path = self.task.sample(2), self.folder / "float/model.onnx"
         if given.time_float:
             float_path.parent.mkdir(exist_ok=True)
-            export_float(original, float_path, example)
+            export_float(self.task.deployed(copy.deepcopy(original)), float_path, example)
         report = export_onnx(packed, self.folder / "model.onnx", example, mode=given.mode)
         return {"opset": report.opset, "weight_types": report.weight_types}
 

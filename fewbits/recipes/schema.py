@@ -33,13 +33,14 @@ class Data(Section):
     """Name of the data source. Classification: digits, cifar10, cifar10_lossless, fashion_mnist, imagefolder.
     Language: python_topics (a text that comes with Python), tiny_shakespeare, wikitext2, text.
     Segmentation: scenes (made of handwritten digits), masks (folders of your own), camvid, nuclei.
-    Detection: scenes, voc, coco (folders of your own), bccd."""
+    Detection: scenes, voc, coco (folders of your own), bccd. Open vocabulary: composed (scenes, made), coco, lvis,
+    objects365 (folders of your own)."""
     path: str = "auto"
     """Folder (or text file) of the data; auto: embedded in a package, or in `../shared/data` beside the checkout."""
     options: dict[str, Any] = {}
     """Fields of the data set, e.g. `crop_padding`, `flip`, or `size` of an image folder. Language: `tokens` (byte, char
     or the path of a tokenizer), `context` (tokens of a window) and `test` (the last share of the text). Segmentation:
-    segmentation.md. Detection: detection.md."""
+    segmentation.md. Detection: detection.md. Open vocabulary: open_vocabulary.md."""
     validation: Fraction = 0.1
     """Fraction of the training examples (of a text, the last part) that is held out and watched during training; test
     examples are for the end."""
@@ -58,7 +59,7 @@ class Model(Section):
     """reference_cnn, resnet20 .. resnet110 (CIFAR), torchvision:NAME or timm:NAME. Language: gpt_nano, gpt_micro,
     gpt_char, gpt2 (all with random weights), or transformers:NAME (a folder, a model type, or a cached name).
     Segmentation: unet_nano .. unet_base, or torchvision:NAME. Detection: detector_nano, detector_small,
-    detector_medium, or torchvision:NAME."""
+    detector_medium, or torchvision:NAME. Open vocabulary: yolo-world:SIZE (nano, s, m, l, x)."""
     options: dict[str, Any] = {}
     """Further keyword arguments of the model."""
     weights: str | None = None
@@ -198,6 +199,23 @@ class Segmentation(Section):
         return self
 
 
+class OpenVocabulary(Section):
+    """Texts of an open-vocabulary detector, and what its curriculum distills (open_vocabulary.md)."""
+
+    text: str = "composed"
+    """Encoder of texts: composed (no weights), or the folder of a CLIP of transformers."""
+    width: Count | None = None
+    """Width of composed texts; null: 512. A CLIP has its own."""
+    cache: str | None = None
+    """Folder that keeps embeddings from run to run."""
+    features: Positive = 6.0
+    """Weight of the term `feat`, the backbone's features."""
+    relations: Positive = 6.0
+    """Weight of the terms `tpsd`, `region-text` and `region-region`."""
+    beta: Positive = 1.0
+    """Difference of similarities at which their smooth L1 turns linear."""
+
+
 class Fusion(Section):
     """Gains and norms where branches of different depth meet, in qat; folded away after it (fusion.md)."""
 
@@ -273,6 +291,9 @@ class StageRules(Section):
     but for what another stage names."""
     share: Positive
     """Share of the steps of qat; shares add up to 1."""
+    distill: list[str] = []
+    """Terms of distillation from the float model that are added to the loss. Open vocabulary: feat, tpsd, region-text,
+    region-region."""
 
 
 class CurriculumRules(Section):
@@ -346,12 +367,15 @@ class PlanRules(Section):
     method: str = "uniform"
     """uniform (`weight_bits` everywhere, or with a budget the most that fit it), solver (best bits a layer within the
     budget), sigma or another allocation method (allocation.md), file (a plan.json), blocks (`layer` for the linear
-    layers of a transformer's blocks; embeddings, LM head, norms and products between activations in float), or
-    explicit (only `rules`)."""
+    layers of a transformer's blocks; embeddings, LM head, norms and products between activations in float), policy
+    (`policy`, of an open-vocabulary detector), or explicit (only `rules`)."""
     layer: dict[str, Any] | None = None
     """The layer plan of every layer, for method blocks, e.g. `{weight: {bits: 1}, input: {bits: 4}}`."""
     file: str | None = None
     """The plan, for method file, as 'fewbits allocate' writes it."""
+    policy: str | None = None
+    """Bits W-A-Att of weights, activations and attention, for method policy, e.g. 4-4-8; its option is
+    `act_granularity` (tensor or channel)."""
     weight_bits: int | None = None
     """Bits of a weight; for uniform without a budget."""
     menu: list[int] = [2, 3, 4, 6, 8]
@@ -382,11 +406,14 @@ class PlanRules(Section):
     @model_validator(mode="after")
     def _readable(self) -> PlanRules:
         from fewbits.errors import PlanError
+        from fewbits.tasks.open_vocabulary.policy import parse_policy
 
         try:
             self.explicit_rules()
             if self.layer is not None:
                 layer_plan(self.layer)
+            if self.policy is not None:
+                parse_policy(self.policy)
         except (PlanError, TypeError) as error:
             raise ValueError(str(error)) from error
         return self
@@ -475,9 +502,9 @@ class Recipe(Section):
 
     name: str = ""
     """What the report calls the run; empty: the name of the file."""
-    task: Literal["classification", "language", "segmentation", "detection"] = "classification"
+    task: Literal["classification", "language", "segmentation", "detection", "open_vocabulary"] = "classification"
     """What the model does: classification, language (the next token of a text), segmentation (a class for each
-    pixel), or detection (boxes with classes)."""
+    pixel), detection (boxes with classes), or open_vocabulary (boxes of what texts name)."""
     seed: NotNegative = 0
     """Seed of everything random."""
     data: Data
@@ -486,6 +513,8 @@ class Recipe(Section):
     """The float model."""
     segmentation: Segmentation | None = None
     """What a segmentation is trained on and measured by; null: its defaults."""
+    open_vocabulary: OpenVocabulary | None = None
+    """Texts and distillation of an open-vocabulary detector; null: its defaults."""
     float_training: Training | None = None
     """Training before quantization; null: none."""
     plan: PlanRules
@@ -522,7 +551,7 @@ class Recipe(Section):
             raise ValueError(f"a budget needs one of {sorted(Limits.model_fields)}, or leave it out")
         if plan.method == "uniform" and (plan.weight_bits is None) == (not limits):
             raise ValueError("plan.method uniform needs either plan.weight_bits or a budget, not both")
-        given = plan.method in ("explicit", "file", "blocks")
+        given = plan.method in ("explicit", "file", "blocks", "policy")
         if given and limits:
             raise ValueError(f"plan.method {plan.method} takes no budget")
         if plan.method != "uniform" and not given and not limits:
@@ -531,13 +560,13 @@ class Recipe(Section):
             raise ValueError(f"plan.weight_bits is for method uniform; {plan.method} chooses from plan.menu")
         if plan.method == "explicit" and not plan.rules:
             raise ValueError("plan.method explicit needs plan.rules")
-        for method, value in (("file", plan.file), ("blocks", plan.layer)):
-            if (plan.method == method) == (value is None):
-                key = "file" if method == "file" else "layer"
+        for method, key in (("file", "file"), ("blocks", "layer"), ("policy", "policy")):
+            if (plan.method == method) == (getattr(plan, key) is None):
                 raise ValueError(f"plan.{key} is for plan.method {method}: give both or neither")
         self._check_search()
-        if self.segmentation is not None and self.task != "segmentation":
-            raise ValueError(f"the section segmentation is for that task, this is {self.task}")
+        for section in ("segmentation", "open_vocabulary"):
+            if getattr(self, section) is not None and self.task != section:
+                raise ValueError(f"the section {section} is for that task, this is {self.task}")
         if self.from_scratch and self.qat is None:
             raise ValueError("from_scratch needs qat: without it nothing would be trained")
         for name in ("fairness", "learned_bits"):

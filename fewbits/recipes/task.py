@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewbits.recipes.schema import Recipe
 from fewbits.train.loop import Loss
+from fewbits.train.staging import StageLoss
 
 Pair = tuple[Tensor, Tensor]
 Answer = Callable[[Tensor], Tensor]
@@ -39,11 +40,15 @@ class Task(abc.ABC, Generic[E]):
     what a reader of the results must know of them.
     headline: the metric that is told first. accuracy: the one that a floor of the accuracy means, in percent. shown:
     inputs on which output errors are measured. classes: names of what is told apart, where there are some.
+    forms: of the model, that ``pictures`` is given: float, calibrated, quantized. terms: names of distillation terms
+    that a stage of a curriculum may have.
     """
 
     headline: ClassVar[str]
     accuracy: ClassVar[str]
     shown: ClassVar[int]
+    forms: ClassVar[tuple[str, ...]] = ("float", "quantized")
+    terms: ClassVar[tuple[str, ...]] = ()
 
     train: E
     validation: E | None
@@ -86,6 +91,18 @@ class Task(abc.ABC, Generic[E]):
     def pictures(self, forms: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
         """Return test examples with what each form of the model makes of them, as the report shows them."""
         return []
+
+    def stage_loss(self, student: nn.Module, teacher: nn.Module) -> StageLoss | None:
+        """Return what the stages of a curriculum train on beside a frozen teacher, the float model; None: the loss."""
+        return None
+
+    def deployed(self, model: nn.Module) -> nn.Module:
+        """Return the form of a model that is exported, made of it in place: here, itself."""
+        return model
+
+    def about(self, recipe: Recipe) -> dict[str, Any]:
+        """Return what the packed file tells beside the weights, as JSON has it."""
+        return {}
 
     def evaluate(self, model: Answer, examples: E, batch_size: int) -> dict[str, Any]:
         """Return the metrics of a model, or of any callable from inputs to outputs."""

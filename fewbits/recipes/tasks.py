@@ -8,6 +8,7 @@ from typing import Any
 
 from fewbits.recipes.detections import load_detections
 from fewbits.recipes.images import load_images
+from fewbits.recipes.open_vocabulary import load_open_detections
 from fewbits.recipes.schema import Recipe
 from fewbits.recipes.segmentations import load_segmentations
 from fewbits.recipes.task import Task
@@ -19,6 +20,7 @@ TASKS: dict[str, Callable[[Recipe], Task[Any]]] = {
     "language": load_texts,
     "segmentation": load_segmentations,
     "detection": load_detections,
+    "open_vocabulary": load_open_detections,
 }
 
 

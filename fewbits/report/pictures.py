@@ -12,6 +12,8 @@ import numpy as np
 MOST_SIDE = 320  # pixels of a picture's longer side
 GOLDEN = 0.61803  # steps of the hue that keep the colours of any number of classes apart
 PHOTO_QUALITY = 85
+SHADES = 100  # between 0 and 1, of a heat map
+LOW, MIDDLE, HIGH = (33, 102, 172), (247, 247, 247), (178, 24, 43)
 Pixels = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -35,6 +37,25 @@ def colours(mask: Pixels, palette: list[tuple[int, int, int]]) -> str:
         width, height = (max(1, round(s * MOST_SIDE / side)) for s in picture.size)
         picture = picture.resize((width, height), Image.Resampling.NEAREST)
     return _uri(picture, "png", optimize=True)
+
+
+def heat_map(matrix: Pixels) -> str:
+    """Return numbers of -1..1, [rows, columns], as a data URI: a PNG of squares in the colours of ``shade``."""
+    from PIL import Image
+
+    palette = np.array([shade(step / SHADES) for step in range(-SHADES, SHADES + 1)], dtype=np.uint8)
+    steps = np.rint(np.clip(matrix, -1, 1) * SHADES).astype(np.int64) + SHADES
+    picture = Image.fromarray(palette[steps])
+    factor = max(1, MOST_SIDE // max(picture.size))
+    picture = picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
+    return _uri(picture, "png", optimize=True)
+
+
+def shade(value: float) -> tuple[int, int, int]:
+    """Return the colour of a number of -1..1: blue, white at 0, red."""
+    end = HIGH if value >= 0 else LOW
+    red, green, blue = (round(m + abs(value) * (e - m)) for m, e in zip(MIDDLE, end))
+    return red, green, blue
 
 
 def class_colours(count: int) -> list[tuple[int, int, int]]:

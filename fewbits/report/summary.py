@@ -14,6 +14,7 @@ NOUNS = {
     "language": "tokens",
     "segmentation": "pixels",
     "detection": "detections",
+    "open_vocabulary": "detections",
 }  # what an answer is about
 
 
@@ -61,7 +62,7 @@ def missing(result: Result, logged: bool) -> list[str]:
         "errors per layer": any(layer.weight_error is not None or layer.sqnr_db is not None for layer in layers),
         "training curves": logged,
         "weight histograms": result.histograms,
-        "confusion matrices": result.task in ("language", "detection")
+        "confusion matrices": result.task in ("language", "detection", "open_vocabulary")
         or any(form.confusion for _, form in result.forms),
         "the budget": result.budget,
         "times": result.seconds,

@@ -10,6 +10,7 @@ from typing import Any
 NONE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
+GROUPS = ("base", "novel", "frequent", "common", "rare")  # of the classes of an open-vocabulary detector
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ METRICS = {
     "map_small": Metric("mAP of small", "%", True),
     "map_medium": Metric("mAP of medium", "%", True),
     "map_large": Metric("mAP of large", "%", True),
+    **{f"map_{group}": Metric(f"mAP of {group} classes", "%", True) for group in GROUPS},
     "token_accuracy": Metric("next-token accuracy", "%", True),
 }
 

@@ -73,7 +73,7 @@ def load_detection(
     for option in options:
         if option not in known:
             raise RecipeError(f"{name!r} has no option {option!r}{nearest(option, known)}; known: {known}")
-    augmentation = Augmentation(**{key: _frozen(v) for key, v in options.items() if key in AUGMENTATION})
+    augmentation = Augmentation(**{key: frozen(v) for key, v in options.items() if key in AUGMENTATION})
     given = {**DEFAULTS[name], **{key: value for key, value in options.items() if key not in AUGMENTATION}}
     counts = counts or {}
     if name == "scenes":
@@ -83,7 +83,7 @@ def load_detection(
         records, classes = (_read_coco if name == "coco" else _read_voc)(folder, wanted)
         skipped = Skipped(wanted.skip_bad)
         train, test = (
-            load_examples(_few(records[split], counts.get(split), seed), classes, wanted.size, skipped)
+            load_examples(few(records[split], counts.get(split), seed), classes, wanted.size, skipped)
             for split in ("train", "test")
         )
         left_out = f"bad boxes and images that are left out: {len(skipped.notes)}"
@@ -125,7 +125,7 @@ def _wanted(given: Mapping[str, Any]) -> Wanted:
         require_names(given["classes"])
     if type(given["skip_bad"]) is not bool:
         raise DataError(f"data.options.skip_bad is true or false, got {given['skip_bad']!r}")
-    return Wanted(**{key: _frozen(value) for key, value in given.items()})
+    return Wanted(**{key: frozen(value) for key, value in given.items()})
 
 
 def _folder(name: str, path: Path | None) -> Path:
@@ -138,7 +138,7 @@ def _folder(name: str, path: Path | None) -> Path:
     return folder
 
 
-def _few(records: list[Annotated], count: int | None, seed: int) -> list[Annotated]:
+def few(records: list[Annotated], count: int | None, seed: int) -> list[Annotated]:
     """Choose by chance, before images are decoded; in the old order."""
     if count is None or count >= len(records):
         return records
@@ -146,5 +146,6 @@ def _few(records: list[Annotated], count: int | None, seed: int) -> list[Annotat
     return [records[i] for i in order[:count].sort().values.tolist()]
 
 
-def _frozen(value: Any) -> Any:
+def frozen(value: Any) -> Any:
+    """Return lists, as YAML has them, as tuples."""
     return tuple(value) if isinstance(value, list) else value

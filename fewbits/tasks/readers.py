@@ -25,7 +25,7 @@ def decode(source: str | Path | IO[bytes], name: str, mode: str) -> np.ndarray[A
     try:
         with Image.open(source) as image:
             pixels = np.array(image.convert(mode), dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot decode the image {name!r}: {error}; remove or repair it") from error
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
