@@ -63,7 +63,7 @@ DATA: dict[str, dict[str, Any]] = {  # test: options of the test images beside; 
         "options": {"strength": 0.8}, "test": HALF, "side": 8, "patch": 2, "epochs": {"small": 30, "deit_tiny": 20},
     },
     "cifar10_groups": {
-        "options": {"strength": 0.6}, "test": HALF, "side": 32, "patch": 8, "epochs": {"resnet18": 10},
+        "options": {"strength": 0.6}, "test": HALF, "side": 32, "patch": 8, "epochs": {"resnet18": 10, "mobilenet": 10},
     },
     "isic2017": {
         "options": {"group": "sex"}, "side": 64, "patch": 16, "epochs": {"resnet18": 15, "deit_tiny": 20},
@@ -75,6 +75,7 @@ DATA: dict[str, dict[str, Any]] = {  # test: options of the test images beside; 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "small": ("reference_cnn", SGD),
     "resnet18": ("torchvision:resnet18", ADAMW),
+    "mobilenet": ("torchvision:mobilenet_v3_small", ADAMW),
     "deit_tiny": ("timm:deit_tiny_patch16_224", ADAMW | {"lr": 5e-4}),
 }
 MENU = (2, 3, 4, 5, 6, 7, 8)
