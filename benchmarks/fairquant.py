@@ -60,16 +60,16 @@ ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.05, "optimizer": "adamw",
 HALF = {"share": 0.5}  # of the test images are the minority's: more of them to measure on
 DATA: dict[str, dict[str, Any]] = {  # test: options of the test images beside; side, patch: what a transformer is told
     "digits_groups": {
-        "options": {"strength": 0.8}, "test": HALF, "side": 8, "patch": 2, "epochs": {"small": 30, "deit_tiny": 20},
+        "options": {"strength": 0.8}, "test": HALF, "side": 8, "patch": 4, "epochs": {"small": 30, "deit_tiny": 20},
     },
     "cifar10_groups": {
-        "options": {"strength": 0.6}, "test": HALF, "side": 32, "patch": 8, "epochs": {"resnet18": 10, "mobilenet": 10},
+        "options": {"strength": 0.6}, "test": HALF, "side": 32, "patch": 16, "epochs": {"resnet18": 10, "mobilenet": 10},
     },
     "isic2017": {
-        "options": {"group": "sex"}, "side": 64, "patch": 16, "epochs": {"resnet18": 15, "deit_tiny": 20},
+        "options": {"group": "sex"}, "side": 64, "patch": 32, "epochs": {"resnet18": 15, "deit_tiny": 20},
     },
     "nih_cxr64": {
-        "options": {"group": "view"}, "side": 64, "patch": 16, "epochs": {"resnet18": 20, "deit_tiny": 30},
+        "options": {"group": "view"}, "side": 64, "patch": 32, "epochs": {"resnet18": 20, "deit_tiny": 30},
     },
 }  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
