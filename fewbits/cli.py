@@ -242,6 +242,26 @@ def bench(
 
 
 @app.command()
+def detect(
+    target: Target,
+    image: Annotated[Path, typer.Argument(help="Picture to look at.")],
+    text: Annotated[str, typer.Option("--text", help='What to look for: "a red square, a striped circle".')],
+    out: Annotated[Path, typer.Option("--out", help="Picture to write, with boxes.")] = Path("detected.png"),
+    score: Annotated[float, typer.Option(min=0, max=1, help="Least score of what is told.")] = 0.25,
+    encoder: Annotated[
+        str | None, typer.Option(help="Folder of the CLIP that encodes texts.  [default: that of training]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find what words name on a picture, with a packed open-vocabulary detector."""
+    with _answer(as_json) as answer:
+        from fewbits.recipes.detecting import detect as find
+
+        answer.update(find(target, image, text, out, score, encoder))
+        answer.shown = lambda: _show_found(answer.data)
+
+
+@app.command()
 def report(
     folder: Run,
     beside: Annotated[
@@ -355,6 +375,12 @@ def _show_cost(data: dict[str, Any], title: str) -> None:
         console.print(_detector_line(data["detector"], data["texts"]), highlight=False)
     if hardware:
         console.print(_hardware_line(data, hardware), highlight=False)
+
+
+def _show_found(data: dict[str, Any]) -> None:
+    for row in data["found"]:
+        typer.echo(f"{row['score']:.2f}  {row['prompt']:<30} {' '.join(f'{c:.0f}' for c in row['box'])}")
+    typer.echo(f"{len(data['found'])} found, drawn into {data['picture']}")
 
 
 def _detector_line(found: dict[str, Any], texts: int) -> str:

@@ -17,7 +17,7 @@ from fewbits.recipes.runner import run
 from tests.recipes.runs import shared_run
 from tests.recipes.test_texts import recipe
 
-VERBS = ("demo", "run", "resume", "allocate", "cost", "pack", "export", "verify", "bench", "report")
+VERBS = ("demo", "run", "resume", "allocate", "cost", "pack", "export", "verify", "bench", "detect", "report")
 
 
 @pytest.fixture

@@ -138,6 +138,17 @@ def test_every_flipped_bit_is_an_error(packed_file: tuple[Path, nn.Module, torch
             fb.load(path, Residual())
 
 
+def test_a_file_tells_what_it_was_given_to_tell(packed_file: tuple[Path, nn.Module, torch.Tensor]) -> None:
+    path, packed, x = packed_file
+    assert read(path)[1]["about"] == {}
+    about = {"kind": "test", "side": [3, 4], "words": "ä, b"}
+    fb.save(packed, path, about)
+    assert read(path)[1]["about"] == about and torch.equal(fb.load(path, Residual())(x), packed(x))
+    rewrite(path, lambda manifest: manifest.update(about=[1]))
+    with pytest.raises(PackedFileError, match="the manifest lacks 'about'"):
+        read(path)
+
+
 def test_another_version_is_refused(packed_file: tuple[Path, nn.Module, torch.Tensor]) -> None:
     path, _, _ = packed_file
     rewrite(path, lambda manifest: manifest.update(version=99))

@@ -53,6 +53,7 @@ def with_stages(*stages: dict[str, Any], **more: Any) -> dict[str, Any]:
         ({"qat": None}, "curriculum is for qat: add that section, or leave curriculum out"),
         ({"from_scratch": True}, "curriculum and from_scratch do not go together"),
         ({"alignment": {"taps": ["features"]}}, "curriculum and alignment do not go together"),
+        ({"task": "detection", "open_vocabulary": {}}, "the section open_vocabulary is for that task"),
         ({"float_training": {"epochs": 1, "quantizer_lr": 0.1}}, "a float model has no quantizers"),
     ],
 )
@@ -79,6 +80,12 @@ def test_what_does_not_fit_the_model_is_found_before_anything_is_trained(
     monkeypatch.setattr(runner, "fit", None)
     with pytest.raises(TrainingError, match=message):
         run(recipe(**sections), tmp_path / "run", say=quiet)
+
+
+def test_a_task_without_terms_of_distillation_has_none_in_its_stages(tmp_path: Path) -> None:
+    stages = [{**STAGES[0], "distill": ["feat"]}, STAGES[1]]
+    with pytest.raises(RecipeError, match="no distillation term 'feat'; the task classification has none"):
+        run(recipe(**with_stages(*stages)), tmp_path / "run", say=quiet)
 
 
 class Killed(BaseException):

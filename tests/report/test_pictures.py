@@ -11,7 +11,7 @@ from PIL import Image
 
 from fewbits.errors import DataError
 from fewbits.report import write_report
-from fewbits.report.pictures import MOST_SIDE, class_colours, colours, hex_colour, photo
+from fewbits.report.pictures import MOST_SIDE, class_colours, colours, heat_map, hex_colour, photo, shade
 
 
 def decoded(uri: str) -> Image.Image:
@@ -33,6 +33,16 @@ def test_colours_of_classes_differ() -> None:
     found = class_colours(40)
     assert len(set(found)) == 40 and found[0] == min(found, key=sum)
     assert hex_colour((255, 0, 171)) == "#ff00ab"
+
+
+def test_a_heat_map_is_blue_below_zero_and_red_above() -> None:
+    seen = np.array(decoded(heat_map(np.array([[1.0, 0.0, 0.3], [-1.0, 1.7, -0.3]]))).convert("RGB")).astype(int)
+    assert seen.shape == (212, 318, 3)
+    cells = seen[53::106, 53::106]
+    assert np.array_equal(cells[0, 0], shade(1.0)) and np.array_equal(cells[0, 0], cells[1, 1]), "beyond 1 is as 1"
+    assert np.array_equal(cells[1, 0], shade(-1.0)) and len(set(cells[0, 1])) == 1
+    assert cells[0, 2, 0] > cells[0, 2, 2] and cells[1, 2, 0] < cells[1, 2, 2]
+    assert np.array_equal(cells[0, 2], shade(0.3)) and shade(0.3) != shade(1.0)
 
 
 def test_pictures_are_on_the_page_and_nothing_else_may_be(tmp_path: Path) -> None:
