@@ -123,7 +123,7 @@ def _decide(
     if given.layer is not None:
         return Plan(tuple(block_rules(model, layer_plan(given.layer))))
     if given.policy is not None:
-        return _by_policy(model, given)
+        return _by_policy(model, given, example)
     if given.file is not None:
         return Plan.load(Path(given.file).expanduser())
     style = given.model_dump(include=set(STYLE))
@@ -143,12 +143,13 @@ def _decide(
     return allocate(model, budget, method=given.method, example=example, menu=given.menu, **style, **options)
 
 
-def _by_policy(model: nn.Module, given: PlanRules) -> Plan:
-    """Return the plan of a policy W-A-Att. Raises PlanError for an unknown option."""
+def _by_policy(model: nn.Module, given: PlanRules, example: Tensor) -> Plan:
+    """Return the plan of a policy W-A-Att, layer by layer. Raises PlanError for an unknown option."""
     assert given.policy is not None
     if unknown := [name for name in given.options if name != GRANULARITY]:
         raise PlanError(f"method 'policy' has no option {unknown[0]!r}; known: {GRANULARITY}: tensor or channel")
-    return policy_4_4_8(model, *parse_policy(given.policy), **given.options)
+    plan = policy_4_4_8(model, *parse_policy(given.policy), **given.options)
+    return replace(plan, rules=tuple(model_shape(model, example).resolve(plan).items()))
 
 
 def _outputs(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fewbits.errors import DataError, PlanError, RecipeError
+from fewbits.layers import quantize, quantized_layers
 from fewbits.plan import Plan
 from fewbits.recipes import revisit
 from fewbits.recipes.folder import RunFolder
@@ -225,8 +226,11 @@ def test_the_option_of_a_policy_is_that_of_the_function(tmp_path: Path) -> None:
     options = {"method": "policy", "policy": "3-3-8", "options": {"act_granularity": "channel"}}
     recipe = open_recipe(plan=options, qat=None, curriculum=None, float_training=None)
     run(recipe, tmp_path / "run", say=quiet)
-    want = policy_4_4_8(loaded()[1], 3, 3, 8, "channel")
-    assert list(Plan.load(tmp_path / "run/plan.json")) == list(want)
+    found = dict(Plan.load(tmp_path / "run/plan.json"))
+    model = quantize(loaded()[1], policy_4_4_8(loaded()[1], 3, 3, 8, "channel"), verbose=False)
+    wanted = {name: layer.layer_plan for name, layer in quantized_layers(model).items()}
+    assert {name: layer for name, layer in found.items() if layer is not None} == wanted
+    assert next(name for name, layer in found.items() if layer is None) == "backbone.stem.0"
 
 
 def test_embeddings_are_kept_in_the_cache_of_the_recipe(tmp_path: Path) -> None:

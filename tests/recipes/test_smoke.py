@@ -92,7 +92,7 @@ def test_what_a_smoke_run_leaves_holds_together(folder: Path) -> None:
     assert sum(v or 0 for v in result.size.values()) == result.packed.file_bytes
     assert result.size["header"] > 0, "the predicted bytes are those of the tensors in the file"
     plan = {name: layer.weight for name, layer in Plan.load(folder / "plan.json") if layer and layer.weight}
-    bits = {layer.name: (layer.parameters or 0) * stored_bits(plan[layer.name]) for layer in result.layers}
+    bits = {layer.name: layer.parameters * stored_bits(plan[layer.name]) for layer in result.layers if layer.parameters}
     total = ((result.reference and result.reference.weight_bytes) or 0) / 4
     in_float = total - sum(layer.parameters or 0 for layer in result.layers)
     assert result.quantized.avg_weight_bits == pytest.approx((sum(bits.values()) + 32 * in_float) / total)
