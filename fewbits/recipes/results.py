@@ -85,7 +85,7 @@ def write_result(
             "decided_from": dict(plan.decided_from),
         },
         "histograms": histograms(model),
-        "pictures": task.pictures({form: _form(form, folder, model, original) for form in task.forms}),
+        "pictures": task.pictures(_forms(task, folder, model, original)),
         "budget": {} if recipe.budget is None else recipe.budget.model_dump(exclude_none=True),
         "environment": environment(),
     }
@@ -104,13 +104,17 @@ def write_result(
     return result
 
 
-def _form(name: str, folder: RunFolder, model: nn.Module, original: nn.Module) -> nn.Module:
-    """Return the model as it is, trained, in float, or as it was before it was trained with its bits."""
-    if name != "calibrated":
-        return original if name == "float" else model
-    before = quantize(copy.deepcopy(original), Plan.load(folder / "plan.json"), verbose=False)
-    before.load_state_dict(folder.state("calibrate"))
-    return before
+def _forms(task: Task[Any], folder: RunFolder, model: nn.Module, original: nn.Module) -> dict[str, nn.Module]:
+    """Return the forms that a task pictures: trained, in float, and as it was when its ranges were set.
+
+    The last is made again from its state, which is not done where training began with another structure.
+    """
+    recipe, found = folder.recipe(), {"float": original, "quantized": model}
+    if "calibrated" in task.forms and recipe.fusion is None and recipe.learned_bits is None:
+        before = quantize(copy.deepcopy(original), Plan.load(folder / "plan.json"), verbose=False)
+        before.load_state_dict(folder.state("calibrate"))
+        found["calibrated"] = before
+    return {form: found[form] for form in task.forms if form in found}
 
 
 def environment() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fewbits.tasks.open_vocabulary.packed import AskedDetector, Card, letterboxe
 from fewbits.tasks.open_vocabulary.policy import policy_4_4_8
 from fewbits.tasks.open_vocabulary.text import ComposedText
 from fewbits.tasks.open_vocabulary.vocabulary import Vocabulary
-from tests.tasks.open_vocabulary.made import TINY, tiny_detector, vocabulary
+from tests.tasks.open_vocabulary.made import TINY, tiny_detector, vocabulary, write_clip
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 CARD = Card("tiny", "composed", 32, ComposedText(32).identity, (64, 64), MEAN, STD)
@@ -74,6 +74,8 @@ def test_a_letterbox_keeps_the_aspect_and_fills_with_the_mean() -> None:
     white = torch.tensor([(1 - m) / s for m, s in zip(MEAN, STD)])
     torch.testing.assert_close(inputs[:, :48], white[:, None, None].expand(3, 48, 96))
     assert not inputs[:, 48:].any()
+    _, zoom = letterboxed(torch.zeros(3, 2, 3000, dtype=torch.uint8), (64, 96), MEAN, STD)
+    torch.testing.assert_close(zoom, torch.tensor([96 / 3000, 0.5, 96 / 3000, 0.5]))
     same, one = letterboxed(torch.randint(256, (3, 64, 64), dtype=torch.uint8), (64, 64), MEAN, STD)
     assert torch.equal(one, torch.ones(4)) and same.shape == (3, 64, 64)
 
@@ -124,3 +126,30 @@ def test_an_encoder_that_is_not_that_of_training_is_refused(tmp_path: Path) -> N
     with pytest.raises(DataError, match="leave the width 64 out"):
         text_encoder("some/folder", 64)
     assert Vocabulary.of(text_encoder("composed"), ["cat"]).width == 512
+
+
+def test_a_clip_that_has_moved_is_named_and_another_one_refused(tmp_path: Path) -> None:
+    moved, other = (tmp_path / "moved", tmp_path / "other")
+    for folder in (moved, other):
+        folder.mkdir()
+        write_clip(folder)
+    encoder = text_encoder(str(moved))
+    model = OpenVocabularyDetector(TINY, Vocabulary.of(encoder, ["dog"])).eval()
+    quantize(model, policy_4_4_8(model), verbose=False)
+    calibrate(model, [torch.randn(2, 3, 64, 64)])
+    card = Card("tiny", str(tmp_path / "gone"), 12, encoder.identity, (64, 64), MEAN, STD)
+    path, image = saved(model, tmp_path / "m.safetensors", card), torch.randint(256, (3, 64, 64), dtype=torch.uint8)
+    with pytest.raises(DataError, match="cannot read a CLIP text model from .*gone"):
+        AskedDetector.open(path)
+    asked = AskedDetector.open(path, str(moved))
+    model.set_vocabulary(Vocabulary.of(encoder, ["cat", "red bus"]))
+    with torch.no_grad():
+        want = detections(model(normalize(image[None], MEAN, STD)), Limits(ALL))[0]
+    assert torch.equal(asked.find(image, ["cat", "red bus"], ALL).scores, want.scores)
+    with pytest.raises(DataError, match="has 12 tokens, the text encoder reads 10"):
+        asked.find(image, ["bigyellowx"])
+    text = text_encoder(str(other))
+    text.model.text_projection.weight.data[0, 0] += 1  # type: ignore[attr-defined]
+    text.model.save_pretrained(other)  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="the detector was trained with texts of 'CLIP text, width 12, weights"):
+        AskedDetector.open(path, str(other))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,9 +7,9 @@ import torch
 
 from fewbits.errors import DataError
 from fewbits.tasks.open_vocabulary.text import ClipText, ComposedText
+from tests.tasks.open_vocabulary.made import write_clip
 
 CAT = [-0.814644, -0.140765, 0.060234, -0.559385]  # as the first release had it
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def test_embeddings_compose() -> None:
@@ -58,20 +57,8 @@ def test_prompts_that_cannot_be_encoded() -> None:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a CLIP of one narrow layer with random weights, whose tokens are letters."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("clip")
-    tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokens), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=10, projection_dim=12, bos_token_id=52, eos_token_id=53, pad_token_id=53,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.CLIPTextModelWithProjection(config).save_pretrained(folder)
-    return folder
+    """The folder of a CLIP of one narrow layer."""
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_clip_from_a_folder(clip: Path) -> None:
