@@ -10,7 +10,7 @@ too), per channel with ``maxabs``, inputs of 8 bits:
     fair_qat      static, trained;  fair  trained with the term
     blind         as fair_qat, by importance over all examples as one group
     sigma_qat     widths of layers by SigmaQuant's allocation, read from its plan file, trained
-    baq           widths trained too, from static, with the term
+    baq           widths trained too, from static, with the term;  baq_fast  by 0.1 bits a step, not 0.02
     baq_v1, baq_head   as the method's two releases have it, whose widths get no gradient of the task
 
 All trained arms get the same steps, batches (each group at its share), optimizer and rate. One JSON line a finished
@@ -63,7 +63,8 @@ DATA: dict[str, dict[str, Any]] = {  # test: options of the test images beside; 
         "options": {"strength": 0.8}, "test": HALF, "side": 8, "patch": 4, "epochs": {"small": 30, "deit_tiny": 20},
     },
     "cifar10_groups": {
-        "options": {"strength": 0.6}, "test": HALF, "side": 32, "patch": 16, "epochs": {"resnet18": 10, "mobilenet": 10},
+        "options": {"strength": 0.6}, "test": HALF, "side": 32, "patch": 16,
+        "epochs": {"resnet18": 10, "mobilenet": 10},
     },
     "isic2017": {
         "options": {"group": "sex"}, "side": 64, "patch": 32, "epochs": {"resnet18": 15, "deit_tiny": 20},
@@ -79,13 +80,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deit_tiny": ("timm:deit_tiny_patch16_224", ADAMW | {"lr": 5e-4}),
 }
 MENU = (2, 3, 4, 5, 6, 7, 8)
-TRAINED = ("uniform_qat", "uniform_fair", "sigma_qat", "fair_qat", "fair", "blind", "baq", "baq_v1", "baq_head")
-WITH_TERM = ("uniform_fair", "fair", "baq")
+TRAINED = (
+    "uniform_qat",
+    "uniform_fair",
+    "sigma_qat",
+    "fair_qat",
+    "fair",
+    "blind",
+    "baq",
+    "baq_fast",
+    "baq_v1",
+    "baq_head",
+)
+WITH_TERM = ("uniform_fair", "fair", "baq", "baq_fast")
+BITS_A_STEP = {"baq": 0.02, "baq_fast": 0.1}
 ARMS = ("uniform_ptq", "static", "quantile", *TRAINED)
 
 
 LEARNED: dict[str, tuple[str, dict[str, Any]]] = {
     "baq": ("learnable_bits", {}),
+    "baq_fast": ("learnable_bits", {}),
     "baq_v1": ("released_bits", {"release": "v1"}),
     "baq_head": ("released_bits", {"release": "head"}),
 }
@@ -238,8 +252,8 @@ class Lab:
         if arm in WITH_TERM:
             fairness = GroupFairness(self.names, args.mode, least=4)
             loss, hooks = fair_loss(fairness, 0.0), [FairnessRamp(fairness)]
-        if arm == "baq":
-            hooks.append(LearnBits(bits))
+        if arm in BITS_A_STEP:
+            hooks.append(LearnBits(bits, lr=BITS_A_STEP[arm]))
         if arm in ("baq_v1", "baq_head"):
             plain, released = loss, [q for q in model.modules() if isinstance(q, ReleasedBits)]
             loss = lambda net, batch: plain(net, batch) + sum(q.penalty() for q in released)  # noqa: E731
