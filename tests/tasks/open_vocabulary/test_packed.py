@@ -61,10 +61,14 @@ def test_a_packed_file_alone_finds_for_any_words_what_the_trained_model_does(tmp
 @pytest.mark.parametrize("size", [(1, 1), (2, 3000), (3000, 2), (50, 40), (300, 200)])
 def test_images_of_any_shape_are_looked_at_in_their_own_pixels(tmp_path: Path, size: tuple[int, int]) -> None:
     asked = AskedDetector.open(saved(trained(), tmp_path / "m.safetensors"))
-    found = asked.find(torch.randint(256, (3, *size), dtype=torch.uint8), ["cat"], ALL)
-    height, width = size
-    assert len(found.labels) and bool((found.boxes >= 0).all())
-    assert float(found.boxes[:, 0::2].max()) <= width and float(found.boxes[:, 1::2].max()) <= height
+    image = torch.randint(256, (3, *size), dtype=torch.uint8)
+    found = asked.find(image, ["cat"], ALL)
+    (height, width), (inputs, zoom) = size, letterboxed(image, (64, 64), MEAN, STD)
+    with torch.no_grad():
+        boxes = detections(asked.model(inputs[None]), Limits(ALL))[0].boxes
+    assert len(boxes) and bool((found.boxes >= 0).all())
+    torch.testing.assert_close(found.boxes[:, 0::2], (boxes[:, 0::2] / zoom[0]).clamp(0, width))
+    torch.testing.assert_close(found.boxes[:, 1::2], (boxes[:, 1::2] / zoom[1]).clamp(0, height))
 
 
 def test_a_letterbox_keeps_the_aspect_and_fills_with_the_mean() -> None:
