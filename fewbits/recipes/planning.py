@@ -17,7 +17,9 @@ from fewbits.allocate.problem import METHODS, known_options
 from fewbits.cost import model_shape
 from fewbits.errors import PlanError, nearest
 from fewbits.layers import open_ends, quantize
+from fewbits.layers.signs import signed_inputs
 from fewbits.plan import LayerPlan, Plan, layer_plan
+from fewbits.quantizers.pact import NEGATIVE
 from fewbits.recipes.schema import PlanRules, Recipe
 from fewbits.tasks.classification import cross_entropy
 from fewbits.tasks.data import Batch
@@ -63,9 +65,10 @@ def completion(model: nn.Module, recipe: Recipe, example: Tensor) -> Complete:
     """Return the function that adds to any plan the rules and the quantized results that the recipe names."""
     given, shape = recipe.plan, model_shape(model, example)
     rules, ends = given.explicit_rules(), dict[tuple[str, ...], list[str]]()
+    signed = signed_inputs(model, example, NEGATIVE) if given.act_quantizer == "pact" else []
 
     def complete(plan: Plan) -> Plan:
-        plan = plan.override(*rules)
+        plan = plan.override(*_mirrored(plan.resolve(shape.names, shape.outputs), signed), *rules)
         decided, patterns = plan.resolve(shape.names, shape.outputs), given.outputs
         if patterns == "auto":
             inputs = tuple(name for name, layer in decided.items() if layer and layer.input)
@@ -75,6 +78,17 @@ def completion(model: nn.Module, recipe: Recipe, example: Tensor) -> Complete:
         return plan.override(*_outputs(given, decided, patterns, (*shape.names, *shape.outputs)))
 
     return complete
+
+
+def _mirrored(decided: Mapping[str, LayerPlan | None], signed: Sequence[str]) -> list[tuple[str, LayerPlan | None]]:
+    """Return a rule for each layer whose signed input "pact" would cut at zero: symmetric there."""
+    rules: list[tuple[str, LayerPlan | None]] = []
+    for name in signed:
+        layer = decided.get(name)
+        given = None if layer is None else layer.input
+        if layer is not None and given is not None and given.quantizer == "pact" and given.bits > 1:
+            rules.append((name, replace(layer, input=replace(given, symmetric=True))))
+    return rules
 
 
 def needs_loss(method: str) -> bool:

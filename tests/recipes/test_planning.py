@@ -75,6 +75,17 @@ def test_rules_win_over_the_method_and_may_stand_alone() -> None:
     assert [name for name, _ in alone] == ["features.3"]
 
 
+def test_pact_mirrors_where_inputs_are_signed() -> None:
+    model, pact = ReferenceCNN(), {"weight_bits": 4, "act_bits": 4, "act_quantizer": "pact"}
+
+    def symmetric(**more: Any) -> list[bool]:
+        plan = planned(model, BATCHES[0][0], plan={**pact, **more})
+        return [layer.input.symmetric for layer in plan.resolve(model_shape(model).names).values() if layer]
+
+    assert symmetric() == [True, False, False, False, False], "behind the first one all are relu's"
+    assert not any(symmetric(rules=[["*", {"input": {"bits": 4, "quantizer": "pact", "symmetric": False}}]]))
+
+
 def test_a_plan_is_read_from_a_file(tmp_path: Path) -> None:
     plan = planned(ReferenceCNN())
     plan.save(tmp_path / "plan.json")
