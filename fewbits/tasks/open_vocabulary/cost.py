@@ -16,6 +16,7 @@ from fewbits.cost.bops import FLOAT_BITS
 from fewbits.cost.size import WORD
 from fewbits.errors import DataError
 from fewbits.plan import LayerPlan, Plan
+from fewbits.quantizers import Quantizer
 from fewbits.tasks.detector import STRIDES
 from fewbits.tasks.open_vocabulary.detector import OpenVocabularyDetector
 from fewbits.tasks.open_vocabulary.text import ComposedText
@@ -65,7 +66,8 @@ def detector_cost(model: OpenVocabularyDetector, plan: Plan, height: int = SIDE,
     pairs = [(layer, decided.get(layer.name, LayerPlan())) for layer in shape.layers]
     quantized = [(layer, given.weight) for layer, given in pairs if given.weight is not None]
     region_text = model.texts.numel() * sum((height // s) * (width // s) for s in STRIDES)
-    parameters = sum(p.numel() for p in model.parameters())
+    steps = {p for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}  # counted by channel
+    parameters = sum(p.numel() for p in model.parameters() if p not in steps)
     weights = sum(layer.numel for layer, _ in quantized)
     channels = sum(layer.out_channels for layer, _ in quantized)
     codes = sum(layer.numel * given.mean_bits / 8 for layer, given in quantized)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from fewbits.errors import DataError
+from fewbits.layers import quantize
 from fewbits.tasks.open_vocabulary.cost import detector_cost, shaped_detector
 from fewbits.tasks.open_vocabulary.detector import OpenVocabularyDetector
 from fewbits.tasks.open_vocabulary.policy import policy_4_4_8
@@ -58,6 +61,7 @@ def test_a_detector_costs_the_same_on_its_weights_and_less_with_a_fixed_vocabula
     assert found == detector_cost(shaped_detector("nano", 2, text_width=32), plan, 64, 96)
     points = 8 * 12 + 4 * 6 + 2 * 3
     assert found.macs["region_text"] == 2 * 32 * points
+    assert found == detector_cost(quantize(copy.deepcopy(model), plan, verbose=False), plan, 64, 96)
     fixed = detector_cost(model.reparameterize(model.vocabulary), plan, 64, 96)
     assert fixed.parameters < found.parameters and fixed.macs["quantized"] < found.macs["quantized"]
     assert fixed.macs["attention"] == found.macs["attention"]
