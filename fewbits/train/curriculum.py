@@ -25,7 +25,8 @@ SUM_ERROR = 1.001e-3  # so that 0.333 three times is one
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. quantize: names of submodules that are quantized and trained from this stage on; "" is the model.
+    """One stage. quantize: names of submodules that are quantized and trained from this stage on; "" is the model. A
+    parameter that no submodule has may be named, too.
 
     share: of the steps of the run, 0..1. distill: names of the distillation terms in the loss of this stage; those of
     earlier stages that stay are named again. Raises TrainingError for a value out of range.
@@ -104,19 +105,21 @@ class Curriculum:
     def check(self, model: nn.Module) -> None:
         """Raise TrainingError where names and model do not fit.
 
-        That is a name that is no submodule, a layer in no stage, and a quantized layer that stays frozen.
+        That is a name that is no submodule and no parameter, a layer in no stage (unless it is in float and requires no
+        grad: it then stays as it is), and a quantized layer that stays frozen.
         """
         modules = dict(model.named_modules(remove_duplicate=False))
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, _ in self._named():
-            if name not in modules:
+            if name not in modules and name not in parameters:
                 raise TrainingError(f"the curriculum names {name!r}, which this model has not{nearest(name, modules)}")
         planned = [n for n, m in modules.items() if isinstance(m, QuantizedLayer) and m.layer_plan != LayerPlan()]
-        layers = {n: m for n, m in modules.items() if not isinstance(m, Quantizer)}
-        own = [n for n, m in layers.items() if any(True for _ in m.parameters(recurse=False))]
-        lost = [name for name in dict.fromkeys([*planned, *own]) if self.place(name) is None]
+        placeless = [n.rpartition(".")[0] for n, p in parameters.items() if p.requires_grad and self.place(n) is None]
+        trained = [name for name in placeless if not isinstance(modules[name], Quantizer)]
+        lost = list(dict.fromkeys([*(name for name in planned if self.place(name) is None), *trained]))
         if lost:
             raise TrainingError(
-                f"{len(lost)} layers are in no stage, the first is {lost[0]!r}: add them to a stage, or to frozen if "
+                f"{len(lost)} layers are in no stage, the first is {lost[0] or '(model)'!r}: add them to a stage, or to frozen if "
                 "they shall stay in float and never be trained"
             )
         bad = [name for name in planned if self.place(name) == NEVER]

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from fewbits.errors import TrainingError
@@ -79,8 +80,22 @@ def test_names_and_model_are_held_together() -> None:
         Curriculum([Stage(["backbone.second"], 0.5), Stage(["head"], 0.5)]).check(quantized())
     frozen = Curriculum([Stage(["backbone.second", "head"], 1.0)], frozen=["backbone.first"])
     frozen.check(float_net())
+    untrained = float_net()
+    untrained.backbone.first.requires_grad_(False)
+    Curriculum([Stage(["backbone.second", "head"], 1.0)]).check(untrained)
     with pytest.raises(TrainingError, match=r"'backbone.first.0' is frozen in float, but quantized by the plan"):
         frozen.check(quantized())
+
+
+def test_a_parameter_of_no_submodule_is_named_itself() -> None:
+    net = float_net()
+    net.level = nn.Parameter(torch.zeros(2))
+    with pytest.raises(TrainingError, match=r"1 layers are in no stage, the first is '\(model\)'"):
+        TWO.check(net)
+    stages = [Stage(["backbone"], 1 / 3), Stage(["head", "level"], 2 / 3)]
+    curriculum = Curriculum(stages)
+    curriculum.check(net)
+    assert curriculum.place("level") == 1
 
 
 def test_a_layer_under_two_names_must_have_both_in_stages() -> None:

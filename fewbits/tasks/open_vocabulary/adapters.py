@@ -23,7 +23,7 @@ from fewbits.tasks.open_vocabulary.queries import Queries
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Names of submodules of a detector; a glob is of layers.
+    """Names of submodules of a detector, or of parameters that no submodule has; a glob is of layers.
 
     backbone, neck, head: its functional modules, in the order of the data. text: never quantized and never trained.
     floats: layers that stay in float, beside the first convolution.
@@ -51,10 +51,18 @@ class LibraryDetector(nn.Module):
         for name in self.anatomy.text:
             self.get_submodule(name).requires_grad_(False)
 
+    def train(self, mode: bool = True) -> LibraryDetector:
+        """Set the mode of all but the texts, which stay in eval mode: what is frozen drops nothing out."""
+        super().train(mode)
+        for name in self.anatomy.text:
+            self.get_submodule(name).eval()
+        return self
+
     def functional_modules(self) -> dict[str, tuple[str, ...]]:
-        """Return the names of submodules of "backbone", "neck" and "head", without those that this detector lacks."""
+        """Return the names of "backbone", "neck" and "head", without those that this detector lacks: what the stages of
+        a curriculum name. The texts, which are frozen, need no stage."""
         parts = {"backbone": self.anatomy.backbone, "neck": self.anatomy.neck, "head": self.anatomy.head}
-        known = {name for name, _ in self.named_modules()}
+        known = {name for name, _ in [*self.named_modules(), *self.named_parameters()]}
         kept = {part: tuple(name for name in names if name in known) for part, names in parts.items()}
         return {part: names for part, names in kept.items() if names}
 

@@ -30,14 +30,16 @@ def detr_loss(found: Queries, targets: Tensor) -> Tensor:
     for a label without a text, TrainingError for an answer that is not finite.
     """
     targets = padded(targets, found.logits.shape[-1])
-    losses = [layer_loss(logits.float(), boxes.float(), targets, found.size) for logits, boxes in found.layers]
+    losses = [layer_loss(logits, boxes, targets, found.size) for logits, boxes in found.layers]
     return torch.stack(losses).sum()
 
 
 def layer_loss(logits: Tensor, boxes: Tensor, targets: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the loss of one layer. logits: [B, Q, T]; boxes: corners in pixels [B, Q, 4]; size: width and height."""
+    """Return the loss of one layer, in float32. logits: [B, Q, T]; boxes: corners in pixels [B, Q, 4]; size: width and
+    height."""
     from torchvision.ops import box_iou, generalized_box_iou_loss
 
+    logits, boxes = logits.float(), boxes.float()
     image, query, thing = match(logits, boxes, targets, size)
     count = max(1, int((targets[..., 0] >= 0).sum()))
     mine, truth = boxes[image, query], targets[image, thing, 1:].float()

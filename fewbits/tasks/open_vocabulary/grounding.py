@@ -31,7 +31,7 @@ class GroundingDino(LibraryDetector):
 
     anatomy = Anatomy(
         backbone=("model.model.backbone",),
-        neck=("model.model.input_proj_vision", "model.model.encoder"),
+        neck=("model.model.input_proj_vision", "model.model.level_embed", "model.model.encoder"),
         head=(
             "model.model.query_position_embeddings",
             "model.model.enc_output",
@@ -115,7 +115,7 @@ class GroundingDino(LibraryDetector):
 def phrase_tokens(ids: Tensor) -> Tensor:
     """Return which tokens belong to each phrase, bool [T, L], of a prompt's ids [L]. Raises DataError without one."""
     between = torch.isin(ids, ids.new_tensor(SEPARATORS))
-    group = between.cumsum(0).masked_fill(between, 0)
+    group = between.cumsum(0).masked_fill(between, -1)
     numbers = torch.unique(group[~between])
     if not len(numbers):
         raise DataError(f"the prompt {ids.tolist()} has no phrase: write '[CLS] cat . dog . [SEP]'")

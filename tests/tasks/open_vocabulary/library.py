@@ -20,6 +20,7 @@ from fewbits.tasks.open_vocabulary.adapters import LibraryDetector, library_poli
 from fewbits.tasks.open_vocabulary.grounding import GroundingDino
 from fewbits.tasks.open_vocabulary.omdet import OmDetTurbo
 from fewbits.tasks.open_vocabulary.owl import OwlDetector
+from fewbits.train import Curriculum, Stage
 
 
 @contextlib.contextmanager
@@ -164,6 +165,12 @@ def quantize_in_haste(detector: LibraryDetector, batch: Tensor) -> LibraryDetect
         warnings.simplefilter("error")
         calibrate(detector, [batch])
     return detector
+
+
+def stages_of(detector: LibraryDetector) -> Curriculum:
+    """Return the curriculum of the paper, by the names that the detector tells."""
+    parts = detector.functional_modules()
+    return Curriculum([Stage(parts["backbone"], 1 / 3), Stage((*parts.get("neck", ()), *parts["head"]), 2 / 3)])
 
 
 def images(count: int = 2) -> Tensor:

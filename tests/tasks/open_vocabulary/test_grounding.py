@@ -14,7 +14,7 @@ from fewbits.layers import quantized_layers
 from fewbits.losses import pkd
 from fewbits.tasks.open_vocabulary.grounding import GroundingDino, phrase_tokens
 from fewbits.tasks.open_vocabulary.queries import query_distillation
-from tests.tasks.open_vocabulary.library import PROMPT, grounding, images, quantize_in_haste
+from tests.tasks.open_vocabulary.library import PROMPT, grounding, images, quantize_in_haste, stages_of
 
 FAMILIES = ("GroundingDino", "MMGroundingDino")
 TARGETS = torch.tensor(
@@ -27,6 +27,8 @@ def test_phrases_are_told_apart_as_by_the_library() -> None:
     ids = torch.tensor([[101, 7, 8, 1012, 9, 1012, 5, 6, 4, 1029, 102, 0, 0]])
     (expected,) = module.build_label_maps(torch.zeros(1, 1, 16), ids)
     assert torch.equal(phrase_tokens(ids[0]), expected[:, :13].bool()) and len(expected) == 3
+    bare = phrase_tokens(torch.tensor([7, 8, 1012, 9, 1012]))  # no [CLS] before the first phrase
+    assert bare.int().tolist() == [[1, 1, 0, 0, 0], [0, 0, 0, 1, 0]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,10 +67,19 @@ def test_every_layer_but_the_texts_is_trained(family: str) -> None:
     missed = [n for n, p in detector.named_parameters() if p.requires_grad and p.grad is None]
     assert {n.rpartition(".")[0] for n in missed} <= {"model.model.backbone.conv_encoder.model.swin.layernorm"}
     assert not any(p.requires_grad for p in detector.model.model.text_backbone.parameters())
-    parts = detector.functional_modules()
-    inside = {id(p) for names in parts.values() for n in names for p in detector.get_submodule(n).parameters()}
-    outside = [n for n, p in detector.named_parameters() if p.requires_grad and id(p) not in inside]
-    assert outside == ["model.model.level_embed"], "a parameter that is of no submodule"
+    assert not any(m.training for m in detector.model.model.text_backbone.modules()), "it would drop out"
+    assert detector.model.model.encoder.training
+    curriculum = stages_of(detector)
+    curriculum.check(detector)
+    assert curriculum.place("model.model.level_embed") == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_in_float32_under_autocast(family: str) -> None:
+    detector = grounding(family).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = detector.loss(images(), TARGETS)
+    assert loss.dtype == torch.float32 and loss.isfinite()
 
 
 def test_a_batch_without_objects_has_a_loss() -> None:

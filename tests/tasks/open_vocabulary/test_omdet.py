@@ -15,7 +15,7 @@ from fewbits.layers import quantized_layers
 from fewbits.tasks.open_vocabulary.detr_loss import detr_loss
 from fewbits.tasks.open_vocabulary.omdet import OmDetTurbo
 from fewbits.tasks.open_vocabulary.queries import query_distillation
-from tests.tasks.open_vocabulary.library import images, omdet, quantize_in_haste, token_ids
+from tests.tasks.open_vocabulary.library import images, omdet, quantize_in_haste, stages_of, token_ids
 
 TARGETS = torch.tensor(
     [[[0.0, 4.0, 4.0, 40.0, 30.0], [2.0, 20.0, 30.0, 60.0, 60.0]], [[1.0, 8.0, 0.0, 30.0, 60.0], [-1.0, 0, 0, 0, 0]]]
@@ -51,6 +51,7 @@ def test_its_modules_hold_every_trained_parameter() -> None:
     assert list(parts) == ["backbone", "neck", "head"]
     inside = {id(p) for names in parts.values() for n in names for p in detector.get_submodule(n).parameters()}
     assert inside == {id(p) for p in detector.parameters() if p.requires_grad}
+    stages_of(detector).check(detector)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from fewbits.losses import pkd
 from fewbits.tasks.open_vocabulary.adapters import library_policy
 from fewbits.tasks.open_vocabulary.owl import OwlDetector
 from fewbits.tasks.open_vocabulary.queries import query_distillation
-from tests.tasks.open_vocabulary.library import images, omdet, owl, quantize_in_haste, token_ids
+from tests.tasks.open_vocabulary.library import images, omdet, owl, quantize_in_haste, stages_of, token_ids
 
 FAMILIES = ("OwlViT", "Owlv2")
 TARGETS = torch.tensor([[[0.0, 4, 4, 40, 30], [2, 20, 30, 60, 60]], [[1, 8, 0, 30, 60], [-1.0, 0, 0, 0, 0]]])
@@ -60,6 +60,7 @@ def test_a_quantized_one_learns_from_labels_and_teacher(family: str) -> None:
 def test_the_policy_leaves_texts_and_ends_in_float() -> None:
     detector = owl("Owlv2")
     quantize(detector, library_policy(detector, 3, 5, 7), verbose=False)
+    stages_of(detector).check(detector)
     layers = quantized_layers(detector)
     heads = {name for name in layers if "_head" in name}
     assert heads == {"model.box_head.dense0", "model.box_head.dense1"}
