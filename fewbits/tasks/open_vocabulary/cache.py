@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,14 +87,15 @@ def _read(file: Path, encoder: TextEncoder) -> dict[str, Tensor]:
 
 
 def _write(file: Path, encoder: TextEncoder, known: dict[str, Tensor]) -> None:
-    """Write the file, whole or not at all."""
+    """Write the file, whole or not at all; several processes may do so at once, and the last one's stays."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     told = {"identity": encoder.identity, "prompts": json.dumps(list(known))}
-    partial = file.with_suffix(".partial")
+    partial = file.with_name(f"{uuid.uuid4().hex}.partial")
     try:
         save_file({"embeddings": torch.stack(list(known.values()))}, partial, metadata=told)
         partial.replace(file)
     except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
         raise DataError(f"cannot write embeddings to {str(file)!r}: {error}") from error

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,23 @@ def test_a_damaged_file_and_a_folder_that_is_none(tmp_path: Path) -> None:
         cached(ComposedText(8), tmp_path)
     with pytest.raises(DataError, match="cannot make the folder"):
         cached(ComposedText(8), tmp_path / FILE / "below")
+
+
+def test_two_that_write_at_once_do_not_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import torch as library
+
+    first, second, save_file = cached(Counting(), tmp_path), cached(Counting(), tmp_path), library.save_file
+
+    def meanwhile(*args: Any, **kwargs: Any) -> None:
+        save_file(*args, **kwargs)
+        monkeypatch.setattr(library, "save_file", save_file)
+        second.encode(["dog"])
+
+    monkeypatch.setattr(library, "save_file", meanwhile)
+    first.encode(["cat"])
+    later = Counting()
+    assert torch.equal(cached(later, tmp_path).encode(["cat"]), ComposedText(8).encode(["cat"])) and not later.asked
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_a_prompt_that_cannot_be_encoded_is_not_kept(tmp_path: Path) -> None:
