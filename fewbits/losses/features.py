@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ class FeatureTaps:
     def pairs(self) -> list[tuple[str, Tensor, Tensor]]:
         """Return (tap, student's tensor, teacher's), in the order of the names; each tensor of a tuple is one.
 
-        Raises TrainingError where their shapes differ.
+        Raises TrainingError where their shapes differ, and for a tap that returns no tensor.
         """
         found = []
         for name in self.names:
@@ -92,8 +93,24 @@ class FeatureTaps:
                 shapes = [[list(t.shape) for t in some] for some in (mine, theirs)]
                 if shapes[0] != shapes[1]:
                     raise TrainingError(f"tap {name!r} returns {shapes[0]} in the student, {shapes[1]} in the teacher")
+                if not mine:
+                    raise TrainingError(
+                        f"tap {name!r} returns no tensor, but {type(student).__name__}: tap another module"
+                    )
                 found += [(name, m, t) for m, t in zip(mine, theirs)]
         return found
+
+
+def gradient_ratio(part: Tensor, rest: Tensor, at: Sequence[Tensor]) -> float:
+    """Return the norm of the gradient of one loss at some tensors over that of another, such as of distillation over
+    the task's at features; aim at 0.05 to 0.5. Infinite where the other has no gradient there. Both graphs stay."""
+
+    def norm(loss: Tensor) -> float:
+        grads = torch.autograd.grad(loss, list(at), retain_graph=True, allow_unused=True)
+        return math.sqrt(sum(float(g.float().square().sum()) for g in grads if g is not None))
+
+    below = norm(rest)
+    return norm(part) / below if below > 0 else math.inf
 
 
 class _AllSeen(Exception):  # noqa: N818

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from fewbits.errors import TrainingError, nearest
 from fewbits.layers import QuantizedLayer, call
 from fewbits.losses.ada import AttentionAlignment
-from fewbits.losses.features import FeatureTaps
+from fewbits.losses.features import FeatureTaps, gradient_ratio
 from fewbits.quantizers import Quantizer
 
 
@@ -82,18 +81,8 @@ class Taps(FeatureTaps):
         return alignment.weight * torch.stack(each).mean()
 
     def gradient_ratio(self, loss: Tensor, task: Tensor) -> float:
-        """Return the norm of this loss's gradient at the tapped features over that of the task's; aim at 0.05 to 0.5.
-
-        The graph stays for the backward pass that follows.
-        """
-        features = [student for _, student, _ in self.features()]
-
-        def norm(of: Tensor) -> float:
-            grads = torch.autograd.grad(of, features, retain_graph=True, allow_unused=True)
-            return math.sqrt(sum(float(g.float().square().sum()) for g in grads if g is not None))
-
-        below = norm(task)
-        return norm(loss) / below if below > 0 else float("inf")
+        """Return the ``gradient_ratio`` of this loss and the task's at the tapped features."""
+        return gradient_ratio(loss, task, [student for _, student, _ in self.features()])
 
 
 def check_teacher(student: nn.Module, teacher: nn.Module) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import TrainingError
-from fewbits.losses.features import FeatureTaps
+from fewbits.losses.features import FeatureTaps, gradient_ratio
 
 
 class Levels(nn.Module):
@@ -63,6 +63,28 @@ def test_a_tap_that_runs_twice_is_two_pairs() -> None:
         student(x)
         taps.teach(x)
     assert len(taps.pairs()) == 2
+
+
+def test_the_ratio_of_gradients() -> None:
+    x, y = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([12.0], requires_grad=True)
+    half_squares = (x * x).sum() / 2 + (y * y).sum() / 2
+    assert gradient_ratio((2 * x).sum(), half_squares, [x]) == pytest.approx(8**0.5 / 5)
+    assert gradient_ratio((2 * x).sum(), half_squares, [x, y]) == pytest.approx(8**0.5 / 13)
+    assert gradient_ratio(x.sum(), torch.zeros((), requires_grad=True) * 1.0, [x]) == float("inf")
+
+
+class Silent(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+
+def test_a_tap_without_a_tensor_is_an_error() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Silent())
+    with FeatureTaps(model, copy.deepcopy(model), ["1"]) as taps:
+        model(torch.randn(2, 4))
+        taps.teach(torch.randn(2, 4))
+    with pytest.raises(TrainingError, match="tap '1' returns no tensor, but tuple"):
+        taps.pairs()
 
 
 def test_what_does_not_pair_is_an_error() -> None:

@@ -37,16 +37,6 @@ def distillation(
     )
 
 
-def gradient_ratio(part: Tensor, rest: Tensor, at: Tensor) -> float:
-    """Return the norm of the gradient of one loss at a tensor over that of another, such as of distillation over the
-    task's at the region embeddings. Both graphs are kept. Infinite where the other has no gradient there."""
-    norms = []
-    for loss in (part, rest):
-        (gradient,) = torch.autograd.grad(loss, at, retain_graph=True, allow_unused=True)
-        norms.append(0.0 if gradient is None else float(gradient.norm()))
-    return norms[0] / norms[1] if norms[1] else float("inf")
-
-
 @dataclass(frozen=True)
 class Relation:
     """The positives of one category on one image, as student and teacher see them; row 0 is the text.

@@ -10,7 +10,7 @@ from fewbits.errors import DataError, TrainingError
 from fewbits.losses import Joint, tpsd
 from fewbits.tasks.open_vocabulary.assign import positives
 from fewbits.tasks.open_vocabulary.regions import Regions
-from fewbits.tasks.open_vocabulary.relations import Relation, distillation, drift, gradient_ratio, relations
+from fewbits.tasks.open_vocabulary.relations import Relation, distillation, drift, relations
 from tests.tasks.open_vocabulary.answers import TARGETS, answer
 
 
@@ -80,12 +80,6 @@ def test_agreement_is_the_rank_correlation_of_the_two_errors() -> None:
     found += found[:2]  # equal ranks
     expected = spearmanr([r.error for r in found], [r.score_error for r in found]).statistic
     assert drift(found).agreement == pytest.approx(float(expected), abs=1e-9)
-
-
-def test_the_ratio_of_gradients() -> None:
-    x = torch.tensor([3.0, 4.0], requires_grad=True)
-    assert gradient_ratio((2 * x).sum(), (x * x).sum() / 2, x) == pytest.approx(8**0.5 / 5)
-    assert gradient_ratio(x.sum(), torch.zeros((), requires_grad=True) * 1.0, x) == float("inf")
 
 
 def test_what_does_not_fit_is_told() -> None:
