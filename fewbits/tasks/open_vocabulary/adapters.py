@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fewbits.errors import PlanError
 from fewbits.layers import float_class, quantizable
-from fewbits.plan import LayerPlan, Plan, TensorPlan
-from fewbits.quantizers import quantizer_class
+from fewbits.plan import LayerPlan, Plan
 from fewbits.tasks.open_vocabulary.detr_loss import detr_loss
+from fewbits.tasks.open_vocabulary.policy import decided_from, w_a_att
 from fewbits.tasks.open_vocabulary.queries import Queries
 
 
@@ -98,16 +98,14 @@ def library_policy(
     per head. In float stay the text encoder, the first convolution, the last layers of the heads, and embedding tables.
     Raises PlanError for a detector that has nothing to quantize.
     """
-    weights = TensorPlan(weight, "lsq", granularity="channel", options=quantizer_class("lsq").weight_options(weight))
-    inputs = TensorPlan(act, "lsq+", symmetric=False, granularity=act_granularity)
-    operands = TensorPlan(attention, "lsq+", symmetric=False, granularity="head")
+    full = w_a_att(weight, act, attention, act_granularity)
+    with_weight, attending = LayerPlan(full.weight, full.input), LayerPlan(operands=full.operands)
     rules: list[tuple[str, LayerPlan | None]] = []
     for name, layer in chosen_layers(detector).items():
-        has_weight = hasattr(layer, "weight")
-        rules.append((name, LayerPlan(weights, inputs) if has_weight else LayerPlan(operands=operands)))
+        rules.append((name, with_weight if hasattr(layer, "weight") else attending))
     if not rules:
         raise PlanError(f"{type(detector.model).__name__} has no layer that could be quantized")
-    return Plan(tuple(rules), {"method": "policy", "bits": f"{weight}-{act}-{attention}"})
+    return Plan(tuple(rules), decided_from(weight, act, attention))
 
 
 def chosen_layers(detector: LibraryDetector) -> dict[str, nn.Module]:

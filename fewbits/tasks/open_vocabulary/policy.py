@@ -34,12 +34,22 @@ def policy_4_4_8(
             f"the policy W-A-Att is for an OpenVocabularyDetector, got a {type(model).__name__} with layers "
             f"{names[:4]}: take fewbits.uniform_plan, or a plan of your own"
         )
-    weights = TensorPlan(weight, "lsq", granularity="channel", options=quantizer_class("lsq").weight_options(weight))
-    inputs = TensorPlan(act, "lsq+", symmetric=False, granularity=act_granularity)
-    operands = TensorPlan(attention, "lsq+", symmetric=False, granularity="head")
-    rules: list[tuple[str, LayerPlan | None]] = [("*", LayerPlan(weights, inputs, operands))]
-    told: dict[str, Any] = {"method": "policy", "bits": f"{weight}-{act}-{attention}"}
-    return Plan((*rules, *((name, None) for name in FLOAT_LAYERS)), told)
+    everywhere = w_a_att(weight, act, attention, act_granularity)
+    return Plan((("*", everywhere), *((name, None) for name in FLOAT_LAYERS)), decided_from(weight, act, attention))
+
+
+def w_a_att(weight: int, act: int, attention: int, act_granularity: str = "tensor") -> LayerPlan:
+    """Return what a layer gets of it that has all: weights, an input and the operands of attention."""
+    return LayerPlan(
+        TensorPlan(weight, "lsq", granularity="channel", options=quantizer_class("lsq").weight_options(weight)),
+        TensorPlan(act, "lsq+", symmetric=False, granularity=act_granularity),
+        TensorPlan(attention, "lsq+", symmetric=False, granularity="head"),
+    )
+
+
+def decided_from(weight: int, act: int, attention: int) -> dict[str, Any]:
+    """Return how a plan of a policy tells where it comes from."""
+    return {"method": "policy", "bits": f"{weight}-{act}-{attention}"}
 
 
 def parse_policy(text: str) -> tuple[int, int, int]:
