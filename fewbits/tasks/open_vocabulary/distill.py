@@ -57,22 +57,24 @@ def task_loss(model: nn.Module, batch: Any) -> Tensor:
 def text_anchored(
     student: OpenVocabularyDetector, teacher: OpenVocabularyDetector, weights: Weights | None = None
 ) -> StageLoss:
-    """Return (stage, task loss) -> the task's loss plus the terms that the stage names, for ``Staged``.
+    """Return (stage, task loss) -> that loss plus the terms that the stage names, for ``Staged``.
 
-    Both detectors look for the same texts. In a stage without relations only the teacher's backbone runs. Raises
+    Give ``task_loss`` to ``fit``: terms need the regions that it is taken of, so a stage with terms has it, and no
+    other. Both detectors look for the same texts. In a stage without relations only the teacher's backbone runs. Raises
     TrainingError for a teacher that is not frozen, for another vocabulary, and for an unknown term.
     """
     require_frozen(teacher, student)
-    if student.vocabulary.prompts != teacher.vocabulary.prompts:
-        raise TrainingError("student and teacher look for different texts: give both one vocabulary")
+    seen = [(model.vocabulary.prompts, model.vocabulary.identity) for model in (student, teacher)]
+    if seen[0] != seen[1]:
+        raise TrainingError("student and teacher look for different texts: give both one vocabulary, of one encoder")
     weights = weights or Weights()
 
-    def of(stage: Stage, _: Loss) -> Loss:
+    def of(stage: Stage, task: Loss) -> Loss:
         for name in stage.distill:
             if name != FEATURES and name not in RELATIONS:
                 known = [FEATURES, *RELATIONS]
                 raise TrainingError(f"no distillation term {name!r}{nearest(name, known)}; known: {known}")
-        return _StageLoss(teacher, stage.distill, weights) if stage.distill else task_loss
+        return _StageLoss(teacher, stage.distill, weights) if stage.distill else task
 
     return of
 
