@@ -167,6 +167,8 @@ def cost(
         is_open = is_open_detector(model)
         if vocabulary is not None and not is_open:
             raise typer.BadParameter(f"--vocabulary is for yolo-world:SIZE, got {model!r}; see --classes")
+        if vocabulary is not None and classes is not None:
+            raise typer.BadParameter(f"--vocabulary {vocabulary} and --classes {classes} mean the same: drop one")
         hardware = hardware if hardware or is_open else "shift_add"
         count = classes if vocabulary is None else vocabulary
         built, example = weighed_model(model, count, _numbers("--input", input_shape), weights, hardware)

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,12 @@ def test_help_is_quick_and_lists_the_verbs() -> None:
         "try: main()\n"
         "finally: print(sorted({'torch', 'numpy', 'pydantic', 'yaml', 'onnx'} & set(sys.modules)))"
     )
-    start = time.process_time()
+    before = os.times()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]", "heavy imports belong inside the commands"
     assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
-    assert time.process_time() - start < 1
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1
 
 
 def test_wrong_usage_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,6 +62,7 @@ def test_wrong_usage_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> Non
     assert call(capsys, "cost", "resnet20", "--input", "3.32.32")[0] == 2
     assert call(capsys, "export", "x", "--mode", "tiny")[0] == 2
     assert call(capsys, "cost", "resnet20", "--vocabulary", "3")[0] == 2
+    assert call(capsys, "cost", "yolo-world:nano", "--vocabulary", "3", "--classes", "4")[0] == 2
 
 
 def test_the_cost_of_resnet50_as_json(capsys: pytest.CaptureFixture[str]) -> None:
