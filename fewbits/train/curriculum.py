@@ -119,8 +119,8 @@ class Curriculum:
         lost = list(dict.fromkeys([*(name for name in planned if self.place(name) is None), *trained]))
         if lost:
             raise TrainingError(
-                f"{len(lost)} layers are in no stage, the first is {lost[0] or '(model)'!r}: add them to a stage, or to frozen if "
-                "they shall stay in float and never be trained"
+                f"{len(lost)} layers are in no stage, the first is {lost[0] or '(model)'!r}: add them to a stage, or "
+                "to frozen if they shall stay in float and never be trained"
             )
         bad = [name for name in planned if self.place(name) == NEVER]
         if bad:
