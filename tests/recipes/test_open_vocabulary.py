@@ -17,6 +17,7 @@ from fewbits.plan import Plan
 from fewbits.recipes import revisit
 from fewbits.recipes.folder import RunFolder
 from fewbits.recipes.open_vocabulary import OpenDetections, load_open_detections, looking_for
+from fewbits.recipes.planning import make_plan
 from fewbits.recipes.read import find, read
 from fewbits.recipes.revisit import Finished
 from fewbits.recipes.runner import finish, run
@@ -222,12 +223,12 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(tmp_path: Path) ->
         run(open_recipe(plan=options), tmp_path / "b", say=quiet)
 
 
-def test_the_option_of_a_policy_is_that_of_the_function(tmp_path: Path) -> None:
+def test_the_option_of_a_policy_is_that_of_the_function() -> None:
     options = {"method": "policy", "policy": "3-3-8", "options": {"act_granularity": "channel"}}
     recipe = open_recipe(plan=options, qat=None, curriculum=None, float_training=None)
-    run(recipe, tmp_path / "run", say=quiet)
-    found = dict(Plan.load(tmp_path / "run/plan.json"))
-    model = quantize(loaded()[1], policy_4_4_8(loaded()[1], 3, 3, 8, "channel"), verbose=False)
+    task, model = loaded()
+    found = dict(make_plan(model, recipe, task.sample(1), []))
+    quantize(model, policy_4_4_8(model, 3, 3, 8, "channel"), verbose=False)
     wanted = {name: layer.layer_plan for name, layer in quantized_layers(model).items()}
     assert {name: layer for name, layer in found.items() if layer is not None} == wanted
     assert next(name for name, layer in found.items() if layer is None) == "backbone.stem.0"
