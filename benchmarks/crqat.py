@@ -66,6 +66,7 @@ ARMS: dict[str, Arm] = {  # modules of the stages, their shares, their terms, we
 }
 NAMES = ("ptq", *ARMS)
 GROUPS = ("base", "novel", "frequent", "common", "rare")
+SETTING = ("bits", "steps", "lr", "batch", "side", "float_steps")  # what rows of one table have in common
 
 
 class Lab:
@@ -149,15 +150,17 @@ class Lab:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return AP by arm and group, mean and spread over seeds, and the drift of relations."""
+    """Return AP by arm and group, mean and spread over seeds, and the drift of relations; a table for each setting."""
     lines = []
-    for bits in dict.fromkeys(row["bits"] for row in rows):
-        lines += [f"\n### {bits}\n", "| arm | seeds | AP | " + " | ".join(GROUPS) + " | MAE of relations | s a step |"]
+    for setting in dict.fromkeys(tuple(row[name] for name in SETTING) for row in rows):
+        some = [row for row in rows if tuple(row[name] for name in SETTING) == setting]
+        title = f"{setting[0]}: " + ", ".join(f"{name} {value:g}" for name, value in zip(SETTING[1:], setting[1:]))
+        lines += [f"\n### {title}\n", "| arm | seeds | AP | " + " | ".join(GROUPS) + " | MAE of relations | s a step |"]
         lines += ["| --- " * (len(GROUPS) + 5) + "|"]
-        told = next(row["float"] for row in rows if row["bits"] == bits)
+        told = some[0]["float"]
         lines.append(f"| float | | {told['ap']:.1f} | " + " | ".join(f"{told[g]:.1f}" for g in GROUPS) + " | | |")
         for arm in NAMES:
-            own = [row for row in rows if (row["arm"], row["bits"]) == (arm, bits)]
+            own = [row for row in some if row["arm"] == arm]
             if own:
                 cells = [spread([row[name] for row in own]) for name in ("ap", *GROUPS)]
                 cells.append(spread([row["drift"]["embedding_error"] for row in own], 3))
