@@ -76,10 +76,12 @@ def test_the_page_on_detection() -> None:
 
 
 def test_the_page_on_open_vocabulary() -> None:
+    pytest.importorskip("transformers")
     names = run("docs/open_vocabulary.md")
     images = names["images"]
     assert names["outputs"].shape == (2, 84, 6) and names["packed"](images).shape == (2, 84, 7)
     torch.testing.assert_close(names["deployed"](images), names["packed"](images))
+    assert names["relations"].item() > 0
     assert names["asked"].model.vocabulary.prompts == ("a green ring", "a cup") and len(names["found"].scores) < 84
 
 
