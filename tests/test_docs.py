@@ -81,7 +81,7 @@ def test_the_page_on_open_vocabulary() -> None:
     images = names["images"]
     assert names["outputs"].shape == (2, 84, 6) and names["packed"](images).shape == (2, 84, 7)
     torch.testing.assert_close(names["deployed"](images), names["packed"](images))
-    assert names["relations"].item() > 0
+    assert names["loss"].isfinite() and names["student"].model.class_head.dense0.weight.grad.any()
     assert names["asked"].model.vocabulary.prompts == ("a green ring", "a cup") and len(names["found"].scores) < 84
 
 
