@@ -125,6 +125,9 @@ def instances(
     with malformed(annotations):
         classes = {c["id"]: str(c["name"]) for c in sorted(data["categories"], key=lambda c: c["id"])}
         files = {image["id"]: locate(image) for image in data["images"]}
+        for kind, found in (("categories", classes), ("images", files)):
+            if len(found) < len(data[kind]):
+                raise ValueError(f"two {kind} have the same id")
         boxes: dict[Any, list[Box]] = {key: [] for key in files}
         for given in data["annotations"]:
             if given["image_id"] not in files:

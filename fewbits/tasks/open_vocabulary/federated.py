@@ -46,7 +46,8 @@ def read_lvis(annotations: Path, images: Path) -> Federated:
     records, classes = instances(data, annotations, lambda image: _lvis_file(image, images))
     with malformed(annotations):
         names = {c["id"]: c["name"] for c in data["categories"]}
-        groups = {group: tuple(n for n in classes if n in _of_frequency(data, key)) for key, group in FREQUENCY.items()}
+        frequency = {c["name"]: c["frequency"] for c in data["categories"]}
+        groups = {group: tuple(n for n in classes if frequency[n] == key) for key, group in FREQUENCY.items()}
         if sum(map(len, groups.values())) < len(classes):
             raise ValueError(f"the frequency of a category is one of {list(FREQUENCY)}")
         verified = {
@@ -96,10 +97,6 @@ def _lvis_file(image: dict[str, Any], images: Path) -> Path:
 
 def _first(*paths: Path) -> Path:
     return next((path for path in paths if path.is_file()), paths[0])
-
-
-def _of_frequency(data: Any, key: str) -> set[str]:
-    return {c["name"] for c in data["categories"] if c["frequency"] == key}
 
 
 def _verified(record: Annotated, image: Any, names: Mapping[Any, str]) -> Verified:

@@ -95,6 +95,8 @@ def test_truth_without_images_has_boxes_and_areas_of_the_file(tmp_path: Path) ->
         (lambda data: data["images"][1].pop("neg_category_ids"), "'neg_category_ids' is missing"),
         (lambda data: data["images"][1].update(not_exhaustive_category_ids=[77]), "77 is missing"),
         (lambda data: data["images"][1].update(file_name="000000000008.jpg"), "same file name"),
+        (lambda data: data["images"].append(data["images"][0]), "two images have the same id"),
+        (lambda data: data["categories"][1].update(id=data["categories"][0]["id"]), "two categories have the same id"),
         (lambda data: data["categories"][0].pop("frequency"), "'frequency' is missing"),
         (lambda data: data["categories"][0].update(frequency="x"), r"one of \['f', 'c', 'r'\]"),
         (lambda data: data["categories"][0].update(name="Alarm clock"), "same text 'alarm clock'"),
