@@ -278,10 +278,9 @@ class Lab:
 
 
 def widths(layer: QuantizedLayer) -> Sequence[int]:
-    """Return the width of each output channel of a layer."""
-    plan, weight = layer.layer_plan.weight, getattr(layer, layer.weight_name)
-    assert plan is not None
-    return plan.channel_bits or (plan.bits,) * len(weight)
+    """Return the width of each output channel of a layer; attention has no weight of its own."""
+    plan = layer.layer_plan.weight
+    return () if plan is None else plan.channel_bits or (plan.bits,) * len(getattr(layer, layer.weight_name))
 
 
 def main() -> None:
